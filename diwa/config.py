@@ -1,0 +1,324 @@
+"""Every hyper-parameter of diwa: frozen dataclasses and the presets `tiny`, `small`, `paper`.
+
+Letters are those of `diwa.__doc__`. Defaults are the `small` preset (state observations, two CPU
+cores); the numbers of the paper are in `PRESETS["paper"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TaskName = Literal[
+    "open_drawer",
+    "close_drawer",
+    "move_slider_left",
+    "move_slider_right",
+    "turn_on_lightbulb",
+    "turn_off_lightbulb",
+    "turn_on_led",
+    "turn_off_led",
+]
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Play and demonstrations, collected by scripted experts in the embedded simulator."""
+
+    play_transitions: int = 60_000
+    """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
+    demos: int = 5
+    """Successful expert episodes of the skill that the policy is pre-trained on."""
+    reward_demos: int = 40
+    """Episodes of the skill (successes and labelled failures) for the success classifier."""
+    train_starts: int = 200
+    """Start observations that dreams begin from; encoded once, never stepped."""
+    workers: int = 2
+    """Simulator processes."""
+    seed_offset: int = 0
+    """Added to the run's seed, to draw other play with the same training seeds."""
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """RSSM world model on state observations (method section 1)."""
+
+    deter_dim: int = 256
+    """H, size of the deterministic state h."""
+    stoch_groups: int = 16
+    """S, groups of the categorical state z."""
+    stoch_classes: int = 16
+    """C, classes of each group."""
+    hidden_dim: int = 256
+    """Width of the layers inside the RSSM."""
+    embed_dim: int = 256
+    """E, size of the observation embedding."""
+    mlp_dim: int = 256
+    """Width of the state encoder and decoder."""
+    observe_blocks: bool = False
+    """Observe and predict the poses of the three blocks as well."""
+    steps: int = 3000
+    """Gradient steps."""
+    batch_size: int = 32
+    """Parallel streams B."""
+    seq_len: int = 40
+    """Frames per stream and gradient step, T."""
+    lr: float = 1e-3
+    """AdamW learning rate, after warm-up and before the final decay."""
+    lr_final_fraction: float = 0.05
+    """Learning rate at the end of the cosine decay, as a fraction of `lr` (1 = constant)."""
+    warmup_steps: int = 100
+    """Linear warm-up of the learning rate."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    eps: float = 1e-5
+    """AdamW epsilon."""
+    grad_clip: float = 100.0
+    """Largest norm of the (unscaled) gradient."""
+    kl_weight: float = 0.3
+    """Weight of the balanced KL."""
+    kl_balance: float = 0.8
+    """Share of the KL that trains the prior."""
+    state_weight: float = 50.0
+    """Weight of the squared error of the standardised state."""
+    reset_prob: float = 0.01
+    """Probability that a frame starts from the zero state, so that zero-history starts are known."""
+    holdout: float = 0.05
+    """Share of the play episodes kept for the open-loop report."""
+    open_loop_steps: int = 40
+    """Horizon of the open-loop prediction error."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Diffusion policy over action chunks (method section 3)."""
+
+    chunk: int = 4
+    """L, actions per chunk."""
+    denoising_steps: int = 20
+    """K."""
+    width: int = 256
+    """Width of the denoising network."""
+    time_dim: int = 16
+    """Size of the sinusoidal embedding of the denoising step."""
+    clip_noise: float = 3.0
+    """Noise of the sampler is clipped to plus or minus this many deviations."""
+    min_sampling_std: float = 0.1
+    """Smallest deviation of exploratory sampling."""
+    min_logprob_std: float = 0.1
+    """Smallest deviation in log-probabilities."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Behaviour cloning of the diffusion policy on latent features (method section 3.4)."""
+
+    steps: int = 3000
+    """Gradient steps."""
+    batch_size: int = 256
+    lr: float = 1e-3
+    """AdamW learning rate after warm-up."""
+    lr_min: float = 1e-5
+    warmup_steps: int = 100
+    weight_decay: float = 1e-6
+    ema_decay: float = 0.995
+    """Decay of the moving average of the weights; the average is what is used."""
+    feature_samples: int = 4
+    """Posterior samples of each demonstration that make up the training set."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Success classifier on latents (method section 4), or the latent decoder of the hybrid variant."""
+
+    kind: Literal["classifier", "decoder"] = "classifier"
+    """`decoder`: reward from the decoded scene state and the task's own thresholds."""
+    steps: int = 1500
+    batch_size: int = 128
+    lr: float = 3e-4
+    weight_decay: float = 1e-3
+    contrastive_weight: float = 0.2
+    """Weight of the supervised NT-Xent term beside the cross-entropy."""
+    temperature: float = 0.5
+    """Temperature of the contrastive term."""
+    width: int = 256
+    """Width of the hidden layers."""
+    threshold: float = 0.5
+    """Probability above which a latent counts as success (0.5 = the paper's argmax)."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Offline PPO in imagination (method section 5)."""
+
+    iterations: int = 60
+    """Rollout + update rounds."""
+    n_dreams: int = 64
+    """N, parallel dreams."""
+    n_chunks: int = 36
+    """Action chunks per dream and iteration."""
+    max_episode_steps: int = 72
+    """Low-level steps after which a dream is cut (truncated)."""
+    ft_denoising_steps: int = 10
+    """Kf, the last denoising steps, which are trained."""
+    gamma: float = 0.999
+    """Discount per chunk."""
+    gae_lambda: float = 0.95
+    gamma_denoising: float = 0.99
+    """Discount over denoising steps."""
+    update_epochs: int = 6
+    minibatches: int = 2
+    """Minibatches per epoch (1 = the paper's full batch)."""
+    actor_lr: float = 1e-4
+    critic_lr: float = 1e-3
+    critic_warmup: int = 2
+    """First iterations in which only the critic learns."""
+    clip_coef: float = 0.01
+    """PPO clip of the last denoising step."""
+    clip_coef_base: float = 0.001
+    """PPO clip of the noisiest fine-tuned step."""
+    clip_coef_rate: float = 3.0
+    """Growth of the clip range over the denoising steps."""
+    vf_coef: float = 0.5
+    target_kl: float = 1.0
+    """The epochs of an iteration stop when the approximate KL exceeds this."""
+    bc_coef: float = 0.05
+    """Weight of the likelihood of the frozen policy's own chains (the paper's answer to model
+    exploitation)."""
+    bc_states: int = 256
+    """States per minibatch on which the behaviour-cloning term is evaluated."""
+    reward_gamma: float = 0.99
+    """Discount inside the running reward scale."""
+    reward_clip: float = 10.0
+    per_step_reward: bool = True
+    """Classify every latent, as the simulator checks every step, not only the chunk's last."""
+    start_noise: float = 0.0
+    """Reserved share of dreams that start inside demonstrations instead of at start states."""
+    eval_every: int = 20
+    """Iterations between evaluations in the simulator (0: only when the phase has ended)."""
+    eval_episodes: int = 30
+    """Episodes of those evaluations, from starts that are neither training nor test starts."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Success in the simulator from fixed held-out starts."""
+
+    episodes: int = 100
+    workers: int = 2
+    """Simulator processes."""
+    max_episode_steps: int = 72
+    videos: int = 2
+    """Episodes filmed for the report."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of the four phases and the evaluation."""
+
+    preset: str = "small"
+    """Preset the other values started from."""
+    task: TaskName = "move_slider_right"
+    """Skill to improve."""
+    env: Literal["playtable"] = "playtable"
+    """Simulator."""
+    seed: int = 0
+    device: str = "cpu"
+    """torch device of training and dreams."""
+    threads: int = 2
+    """torch threads."""
+    from_run: str | None = None
+    """Another run folder whose play and world model are used instead of making new ones."""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a configuration, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Rebuild a configuration from `to_dict`'s output.
+
+    Raises:
+        ValueError: a key that the dataclass does not have, named with its path.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; known: {sorted(hints)}")
+    kwargs = {
+        key: from_dict(hints[key], value) if dataclasses.is_dataclass(hints[key]) else value
+        for key, value in values.items()
+    }
+    return cls(**kwargs)
+
+
+_TINY = Config(
+    preset="tiny",
+    task="move_slider_right",
+    collect=CollectConfig(play_transitions=4000, demos=4, reward_demos=8, train_starts=32),
+    world_model=WorldModelConfig(
+        deter_dim=64,
+        stoch_groups=8,
+        stoch_classes=8,
+        hidden_dim=64,
+        embed_dim=64,
+        mlp_dim=64,
+        steps=150,
+        batch_size=16,
+        seq_len=20,
+    ),
+    policy=PolicyConfig(width=64),
+    pretrain=PretrainConfig(steps=200, feature_samples=1),
+    reward=RewardConfig(steps=150, width=64),
+    finetune=FinetuneConfig(
+        iterations=3, n_dreams=8, n_chunks=18, update_epochs=2, critic_warmup=1, eval_every=0
+    ),
+    evaluate=EvaluateConfig(episodes=6, videos=1),
+)
+
+_PAPER = Config(
+    preset="paper",
+    device="cuda",
+    collect=CollectConfig(play_transitions=200_000, demos=50, reward_demos=50),
+    world_model=WorldModelConfig(
+        deter_dim=1024,
+        stoch_groups=32,
+        stoch_classes=32,
+        hidden_dim=1000,
+        embed_dim=512,
+        mlp_dim=400,
+        steps=200_000,
+        batch_size=50,
+        seq_len=50,
+        lr=3e-4,
+        lr_final_fraction=1.0,
+        weight_decay=0.05,
+    ),
+    policy=PolicyConfig(width=512),
+    pretrain=PretrainConfig(steps=50_000, lr=1e-4),
+    reward=RewardConfig(width=1024),
+    finetune=FinetuneConfig(
+        iterations=768,
+        n_dreams=50,
+        n_chunks=36,
+        update_epochs=10,
+        minibatches=1,
+        actor_lr=1e-5,
+        per_step_reward=False,
+        eval_every=25,
+    ),
+    evaluate=EvaluateConfig(episodes=100),
+)
+
+PRESETS = types.MappingProxyType({"tiny": _TINY, "small": Config(), "paper": _PAPER})
