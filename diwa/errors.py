@@ -1,0 +1,19 @@
+"""Errors that a person can act on: the message names the thing that is wrong and the way out."""
+
+from __future__ import annotations
+
+
+class DiwaError(Exception):
+    """Base of every error that the command line shows as a short message."""
+
+
+class RunError(DiwaError):
+    """A run folder or a phase: other settings, missing result, a metric that is not finite."""
+
+
+class CheckpointError(DiwaError):
+    """A checkpoint that is missing, damaged or of another architecture."""
+
+
+class StoreError(DiwaError):
+    """An episode store that is missing, truncated or of the wrong shape."""
