@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from .gru import GRUCell
+
+__all__ = ["GRUCell"]
