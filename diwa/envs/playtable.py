@@ -1,0 +1,317 @@
+"""PlayTable: an embedded PyBullet stand-in for CALVIN's scene D, as a Gymnasium environment.
+
+Same numbers in and out as CALVIN: 15-d ``robot_obs``, 24-d ``scene_obs``, 7-d relative actions at
+30 Hz (eight physics steps of 1/240 s each), the same eight skills. No asset files: the table is made
+of boxes, the arm comes with PyBullet. Needs ``pip install "diwa[sim]"``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diwa.envs import table_model as model
+from diwa.envs.panda import Panda, panda_urdf
+from diwa.envs.tasks import BUTTON, TASKS, check_task, task_success
+
+try:
+    import gymnasium as gym
+    import pybullet as bullet
+    import pybullet_data
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise ImportError(
+        f'the embedded simulator needs {error.name}: pip install "diwa[sim]"'
+    ) from error
+
+SUBSTEPS = 8
+TIME_STEP = 1.0 / 240.0
+JOINTS = ("slide", "drawer", "button", "switch")  # order of scene_obs[0:4]
+BUTTON_PRESSED = 0.01
+SWITCH_ON = 0.044
+FIXTURE_FORCE = 4.0
+_STATIC_EYE = (2.871459, -2.166602, 2.555160)
+_STATIC_TARGET = (-0.026242, -0.030233, 0.392000)
+_STATIC_UP = (0.404140, 0.226298, 0.886262)
+
+_steps_taken = 0
+
+
+def env_steps_taken() -> int:
+    """Control steps simulated by every PlayTable of this process so far.
+
+    Training in imagination must leave this number where it was.
+    """
+    return _steps_taken
+
+
+def _write_once(name: str, text: str) -> str:
+    """Writes ``text`` under a name that carries its hash (atomically, once) and returns the path."""
+    folder = Path(tempfile.gettempdir()) / f"diwa-playtable-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.urdf"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}.tmp")
+        part.write_text(text)
+        os.replace(part, path)
+    return str(path)
+
+
+class PlayTable(gym.Env):
+    """One table, one arm, three blocks, one skill to solve.
+
+    Args:
+        task: one of ``TASKS``; ``None`` gives no reward until ``reset(options={"task": ...})``.
+        cameras: add ``rgb_static`` and ``rgb_gripper`` to the observation.
+        image_size: edge of both pictures in pixels.
+        max_episode_steps: steps until ``truncated``.
+        render_mode: ``None`` or ``"rgb_array"``.
+
+    Observation: ``robot_obs`` float32 ``[15]`` and ``scene_obs`` float32 ``[24]`` (metres, radians,
+    lamps 0/1), with cameras also two uint8 ``[size, size, 3]``. Action: float32 ``[7]`` in [-1, 1]:
+    motion in units of 2 cm and 0.05 rad added to the running target, gripper open (>= 0) or closed.
+    Reward 1 and ``terminated`` on success, ``info["success"]`` says the same.
+
+    Raises:
+        ValueError: unknown task, or a state or action of the wrong shape.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(
+        self,
+        task: str | None = None,
+        cameras: bool = False,
+        image_size: int = 64,
+        max_episode_steps: int = 72,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')
+        self.task = None if task is None else check_task(task)
+        self.cameras, self.image_size = cameras, image_size
+        self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
+        box = gym.spaces.Box
+        spaces: dict[str, gym.Space] = {
+            "robot_obs": box(-10.0, 10.0, (15,), np.float32),
+            "scene_obs": box(-100.0, 100.0, (24,), np.float32),
+        }
+        if cameras:
+            shape = (image_size, image_size, 3)
+            spaces["rgb_static"] = box(0, 255, shape, np.uint8)
+            spaces["rgb_gripper"] = box(0, 255, shape, np.uint8)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = box(-1.0, 1.0, (7,), np.float32)
+        self._client = bullet.connect(bullet.DIRECT)
+        self._build()
+        self._steps = 0
+        self._scene_start = np.zeros(24, np.float32)
+
+    # ------------------------------------------------------------------ building
+
+    def _build(self) -> None:
+        p, client = bullet, self._client
+        p.setPhysicsEngineParameter(deterministicOverlappingPairs=1, physicsClientId=client)
+        p.setTimeStep(TIME_STEP, physicsClientId=client)
+        p.setGravity(0.0, 0.0, -9.8, physicsClientId=client)
+        folder = os.path.join(pybullet_data.getDataPath(), "franka_panda")
+        self.robot = Panda(p, client, _write_once("panda", panda_urdf(folder)))
+        self._table = p.loadURDF(
+            _write_once("table", model.table_urdf()), useFixedBase=True, physicsClientId=client
+        )
+        count = p.getNumJoints(self._table, physicsClientId=client)
+        infos = [p.getJointInfo(self._table, i, physicsClientId=client) for i in range(count)]
+        self._link = {info[12].decode(): info[0] for info in infos}
+        self._joint_ids = [self._link[name] for name in JOINTS]
+        for name, index in self._link.items():
+            if name == "button":
+                p.setJointMotorControl2(
+                    self._table, index, p.POSITION_CONTROL, 0.0, force=FIXTURE_FORCE,
+                    physicsClientId=client,
+                )  # fmt: skip
+            elif name in JOINTS:
+                p.setJointMotorControl2(
+                    self._table, index, p.VELOCITY_CONTROL, force=FIXTURE_FORCE,
+                    physicsClientId=client,
+                )  # fmt: skip
+        self._blocks = [self._add_block(*block) for block in model.BLOCKS.values()]
+        self._add_floor()
+        self._lamps = [0.0, 0.0]
+        self._lamps_shown: list[float] | None = None
+        self._pressed = False
+        self._static_view = p.computeViewMatrix(_STATIC_EYE, _STATIC_TARGET, _STATIC_UP)
+        self._static_projection = p.computeProjectionMatrixFOV(10.0, 1.0, 0.01, 10.0)
+        self._wrist_projection = p.computeProjectionMatrixFOV(75.0, 1.0, 0.01, 2.0)
+        self._fresh = p.saveState(physicsClientId=client)
+
+    def _add_block(self, size: tuple, color: tuple) -> int:
+        p, half = bullet, [edge / 2 for edge in size]
+        shape = p.createCollisionShape(p.GEOM_BOX, halfExtents=half, physicsClientId=self._client)
+        look = p.createVisualShape(
+            p.GEOM_BOX, halfExtents=half, rgbaColor=color, physicsClientId=self._client
+        )
+        return p.createMultiBody(
+            model.BLOCK_MASS, shape, look, (0, 0, 1), physicsClientId=self._client
+        )
+
+    def _add_floor(self) -> None:
+        p, client = bullet, self._client
+        half = [4.0, 4.0, 0.01]
+        shape = p.createCollisionShape(p.GEOM_BOX, halfExtents=half, physicsClientId=client)
+        look = p.createVisualShape(
+            p.GEOM_BOX, halfExtents=half, rgbaColor=(0.93, 0.93, 0.93, 1), physicsClientId=client
+        )
+        p.createMultiBody(0, shape, look, (0, 0, -0.01), physicsClientId=client)
+
+    # ------------------------------------------------------------------ gymnasium
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray], dict[str, Any]]:
+        """Starts an episode.
+
+        ``options`` may hold ``task``, ``robot_obs`` ``[15]`` (joints, width and gripper action count,
+        the tool pose follows from them) and ``scene_obs`` ``[24]``; what is missing is sampled.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        if options.get("task") is not None:
+            self.task = check_task(options["task"])
+        robot, scene = options.get("robot_obs"), options.get("scene_obs")
+        if robot is None or scene is None:
+            from diwa.envs.starts import sample_start
+
+            start = sample_start(self, self.task or TASKS[0], self.np_random)
+            robot = start["robot_obs"] if robot is None else robot
+            scene = start["scene_obs"] if scene is None else scene
+        self.set_state(robot, scene)
+        self._steps = 0
+        observation = self._observation()
+        self._scene_start = observation["scene_obs"]
+        return observation, {"success": False, "env_steps": 0, "task": self.task}
+
+    def step(self, action: NDArray) -> tuple[dict[str, NDArray], float, bool, bool, dict[str, Any]]:
+        """One control step (1/30 s). Motions are clipped to [-1, 1]."""
+        global _steps_taken
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,):
+            raise ValueError(f"action must have shape (7,), got {action.shape}")
+        self.robot.apply(np.clip(action, -1.0, 1.0))
+        for _ in range(SUBSTEPS):
+            bullet.stepSimulation(physicsClientId=self._client)
+        self._update_lamps()
+        self._steps += 1
+        _steps_taken += 1
+        observation = self._observation()
+        success = self.task is not None and bool(
+            task_success(self.task, self._scene_start, observation["scene_obs"])
+        )
+        truncated = self._steps >= self.max_episode_steps
+        info = {"success": success, "env_steps": self._steps, "task": self.task}
+        return observation, float(success), success, truncated and not success, info
+
+    def render(self, size: int = 256) -> NDArray[np.uint8]:
+        """Static camera, uint8 ``[size, size, 3]``."""
+        return self._picture(self._static_view, self._static_projection, size)
+
+    def close(self) -> None:
+        """Disconnects from the physics server; harmless when repeated."""
+        if self._client >= 0 and bullet.isConnected(self._client):
+            bullet.disconnect(self._client)
+        self._client = -1
+
+    # ------------------------------------------------------------------ state
+
+    def set_state(self, robot_obs: NDArray, scene_obs: NDArray) -> None:
+        """Puts robot and scene into a recorded state at rest, then takes one physics step.
+
+        Like CALVIN's reset: velocities are zero and the tool pose follows from the joints.
+        """
+        robot, scene = np.asarray(robot_obs, float), np.asarray(scene_obs, float)
+        if robot.shape != (15,) or scene.shape != (24,):
+            raise ValueError(
+                f"robot_obs must be (15,) and scene_obs (24,), got {robot.shape}, {scene.shape}"
+            )
+        p, client = bullet, self._client
+        p.restoreState(self._fresh, physicsClientId=client)
+        for index, value in zip(self._joint_ids, scene[:4], strict=True):
+            p.resetJointState(self._table, index, value, 0.0, physicsClientId=client)
+        for body, pose in zip(self._blocks, scene[6:].reshape(3, 6), strict=True):
+            quat = p.getQuaternionFromEuler(pose[3:].tolist())
+            p.resetBasePositionAndOrientation(body, pose[:3], quat, physicsClientId=client)
+            p.resetBaseVelocity(body, (0, 0, 0), (0, 0, 0), physicsClientId=client)
+        self._lamps = [float(scene[4] > 0.5), float(scene[5] > 0.5)]
+        self._pressed = bool(scene[BUTTON] > BUTTON_PRESSED)
+        self.robot.reset(robot[7:14], robot[6], robot[14])
+        p.stepSimulation(physicsClientId=client)
+
+    def _update_lamps(self) -> None:
+        states = bullet.getJointStates(self._table, self._joint_ids, physicsClientId=self._client)
+        self._fixtures = [s[0] for s in states]
+        self._lamps[0] = float(self._fixtures[3] > SWITCH_ON)
+        pressed = self._fixtures[2] > BUTTON_PRESSED
+        if pressed and not self._pressed:
+            self._lamps[1] = 1.0 - self._lamps[1]
+        self._pressed = pressed
+
+    def fixtures(self) -> NDArray[np.float64]:
+        """Joints ``[4]``: slide, drawer, button, switch (m)."""
+        states = bullet.getJointStates(self._table, self._joint_ids, physicsClientId=self._client)
+        return np.array([s[0] for s in states])
+
+    def link_position(self, name: str) -> NDArray[np.float64]:
+        """World position ``[3]`` (m) of a table link's frame, e.g. ``"drawer"``."""
+        state = bullet.getLinkState(self._table, self._link[name], physicsClientId=self._client)
+        return np.array(state[4])
+
+    def _scene_obs(self) -> NDArray[np.float64]:
+        scene = np.empty(24)
+        scene[:4] = self.fixtures()
+        scene[4:6] = self._lamps
+        for k, body in enumerate(self._blocks):
+            pos, quat = bullet.getBasePositionAndOrientation(body, physicsClientId=self._client)
+            scene[6 + 6 * k : 9 + 6 * k] = pos
+            scene[9 + 6 * k : 12 + 6 * k] = bullet.getEulerFromQuaternion(quat)
+        return scene
+
+    def _observation(self) -> dict[str, NDArray]:
+        low, high = -10.0, 10.0
+        observation: dict[str, NDArray] = {
+            "robot_obs": np.clip(self.robot.observe(), low, high).astype(np.float32),
+            "scene_obs": np.clip(self._scene_obs(), 10 * low, 10 * high).astype(np.float32),
+        }
+        if self.cameras:
+            size = self.image_size
+            observation["rgb_static"] = self._picture(
+                self._static_view, self._static_projection, size
+            )
+            observation["rgb_gripper"] = self._picture(
+                self.robot.wrist_view(), self._wrist_projection, size
+            )
+        return observation
+
+    def _picture(self, view: list[float], projection: list[float], size: int) -> NDArray[np.uint8]:
+        self._show_lamps()
+        frame = bullet.getCameraImage(
+            size, size, view, projection, renderer=bullet.ER_TINY_RENDERER,
+            physicsClientId=self._client,
+        )[2]  # fmt: skip
+        return np.ascontiguousarray(np.asarray(frame, np.uint8).reshape(size, size, 4)[..., :3])
+
+    def _show_lamps(self) -> None:
+        if self._lamps == self._lamps_shown:
+            return
+        for name, state, colors in (
+            ("light", self._lamps[0], model.BULB_COLORS),
+            ("led", self._lamps[1], model.LED_COLORS),
+        ):
+            bullet.changeVisualShape(
+                self._table, self._link[name], rgbaColor=colors[int(state > 0.5)],
+                physicsClientId=self._client,
+            )  # fmt: skip
+        self._lamps_shown = list(self._lamps)
