@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+OPTIONAL = ("triton", "gymnasium", "pybullet", "tensorboard", "matplotlib", "imageio")
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:
@@ -17,7 +20,7 @@ def versions(device: str = "cpu") -> dict[str, Any]:
     import diwa
 
     return {
-        "diwa": getattr(diwa, "__version__", "unknown"),
+        "diwa": diwa.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -54,3 +57,30 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def show() -> str:
+    """Text of `diwa info`: versions, devices, compiled libraries, operators x backends."""
+    from . import LOAD_ERRORS, ops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = versions(device)
+    lines = [f"{name:<11} {value}" for name, value in found.items()]
+    lines += [f"{name:<11} {_module_version(name)}" for name in OPTIONAL]
+    lines += ["", "compiled libraries"]
+    lines += [f"  {name}: {why}" for name, why in LOAD_ERRORS.items()] or ["  all loaded"]
+    lines += ["", f"  {'operator':<16} {'backend':<10} {'chosen for':<10} {'dtypes or why not'}"]
+    for row in ops.support_table():
+        note = row["dtypes"] if row["available"] else f"not here: {row['reason']}"
+        lines.append(f"  {row['op']:<16} {row['backend']:<10} {row['chosen'] or '-':<10} {note}")
+    report = " | ".join(f"{name} {value}" for name, value in found.items())
+    missing = "; ".join(f"{name}: {why}" for name, why in LOAD_ERRORS.items()) or "none"
+    lines += ["", "For a bug report:", f"{report} | load errors: {missing}"]
+    return "\n".join(lines)
+
+
+def _module_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
 PLAIN_SECONDS = 10.0
 """Without a terminal a line appears this often..."""
 PLAIN_FRACTION = 0.05
@@ -29,15 +33,11 @@ class Progress:
         self._first: int | None = None
         self._began = self._shown = time.monotonic()
         self._shown_step = 0
-        self._live = self._task = None
+        self._live: RichProgress | None = None
         if not quiet and sys.stderr.isatty():
             self._start_live()
 
     def _start_live(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as RichProgress
-
         self._live = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -56,7 +56,7 @@ class Progress:
         if self._first is None:
             # Speed is measured from here on, so a resumed phase does not look too fast.
             self._first, self._began, self._shown_step = done, now, step
-        if self.key in metrics:
+        if self.key is not None and self.key in metrics:
             self._value = f"{self.key} {metrics[self.key]:.4g}"
         if self._live is not None:
             self._live.update(self._task, completed=done, note=self._note(done, now))

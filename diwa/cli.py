@@ -1,0 +1,315 @@
+"""The `diwa` command: every phase, the whole run, the report and information for bug reports.
+
+Nothing heavy is imported before the command line has been understood, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import tyro
+
+from .config import PRESETS, Config, from_dict, to_dict
+from .errors import DiwaError, RunError
+
+if TYPE_CHECKING:
+    from .run import RunFolder
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+COMMANDS = {
+    "run": "all phases in order, then the report; the same command resumes",
+    "collect": "1. play, demonstrations and labelled episodes from scripted experts",
+    "world-model": "2. learn the world model from play",
+    "pretrain": "3. clone the demonstrations into a diffusion policy",
+    "reward": "4. learn to see success in latent states",
+    "finetune": "5. improve the policy by PPO inside the world model",
+    "evaluate": "6. success before and after, in the simulator",
+    "report": "7. table, plots, videos and a page that shows them",
+    "info": "versions, devices and operators, to be pasted in bug reports",
+}
+FUNCTIONS = {
+    "collect": "diwa.phases.collect:collect",
+    "world_model": "diwa.phases.world_model:train_world_model",
+    "pretrain": "diwa.phases.pretrain:pretrain",
+    "reward": "diwa.phases.reward:train_reward",
+    "finetune": "diwa.phases.finetune:finetune",
+    "evaluate": "diwa.phases.evaluate:evaluate_run",
+    "report": "diwa.report:make_report",
+}
+"""Phase -> function of (config, run folder), in the order of a run."""
+
+SECTIONS = {"policy": "pretrain"}
+"""Phase that the settings of a section first matter to, where the names differ."""
+
+EXTRAS = {
+    "gymnasium": "sim",
+    "pybullet": "sim",
+    "pybullet_data": "sim",
+    "matplotlib": "report",
+    "imageio": "report",
+    "imageio_ffmpeg": "report",
+    "triton": "triton",
+}
+"""Module -> extra that installs it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags that every command with a run folder has."""
+
+    config: Path | None = None
+    """A config.json whose values are the defaults, instead of a preset."""
+    run_dir: Path | None = None
+    """Folder of the run [runs/PRESET-TASK-sSEED]. If it exists, its settings are the defaults."""
+    overwrite: bool = False
+    """Do it again: forget what the folder holds of this phase and those after it."""
+    # An empty name, so that settings are `--task` and `--world-model.steps`.
+    settings: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["small"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for an error, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # As an exception, SIGTERM ends worker processes and leaves nothing half-written.
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DiwaError, ImportError, OSError) as error:
+        if os.environ.get("DIWA_DEBUG") == "1":
+            raise
+        print(f"diwa: {explain(error)}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def explain(error: Exception) -> str:
+    """A short message for a person: what is wrong and the way out."""
+    if isinstance(error, DiwaError):
+        return str(error)
+    debug = "(DIWA_DEBUG=1 shows where)"
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        if module in EXTRAS:
+            return f'{module} is not installed; run `pip install "diwa[{EXTRAS[module]}]"`'
+        if "pip install" in str(error):
+            return str(error)
+        return f"{error} {debug}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return (
+            f"the disk is full{where}\n"
+            "Free some space and run the same command again: it goes on from the last checkpoint."
+        )
+    return f"{error} {debug}"
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"diwa {importlib.import_module('diwa').__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean `diwa {close[0]}`?" if close else f"there are {', '.join(COMMANDS)}."
+        raise DiwaError(f"there is no command '{command}'; {hint}")
+    if command == "info":
+        argparse.ArgumentParser("diwa info", description=COMMANDS["info"]).parse_args(rest)
+        from .info import show
+
+        print(show())
+        return 0
+    return _run(command, parse(command, rest))
+
+
+def _overview() -> str:
+    lines = [
+        "usage: diwa COMMAND [--preset tiny|small|paper] [--task TASK] [--run-dir DIR] [...]",
+        "",
+        "Improves a robot's diffusion policy by reinforcement learning in a learned world model.",
+        "",
+        *(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
+        "",
+        "`diwa run --preset small` does everything. `diwa COMMAND --help` lists every setting.",
+    ]
+    return "\n".join(lines)
+
+
+def parse(command: str, arguments: Sequence[str]) -> Options:
+    """Options of a command; settings start from a preset, a config.json or the run folder's own.
+
+    Raises:
+        DiwaError: no such preset or file, or a value that cannot be.
+        SystemExit: other mistakes, explained by tyro with the nearest flag; also `--help`.
+    """
+    options = tyro.cli(
+        Options,
+        prog=f"diwa {command}",
+        description=COMMANDS[command].lstrip("1234567. "),
+        args=arguments,
+        default=Options(settings=_base(arguments)),
+    )
+    check(options.settings)
+    return options
+
+
+def _base(arguments: Sequence[str]) -> Config:
+    """Settings that the other flags change."""
+    first = argparse.ArgumentParser("diwa", add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--run-dir", "--run_dir", type=Path)
+    known, _ = first.parse_known_args(arguments)
+    if known.preset and known.config:
+        raise DiwaError("--preset and --config both give the defaults; use one of them")
+    if known.preset:
+        if known.preset not in PRESETS:
+            raise DiwaError(
+                f"there is no preset '{known.preset}'; choose from {', '.join(PRESETS)}"
+            )
+        return PRESETS[known.preset]
+    if known.config:
+        return load_config(known.config)
+    if known.run_dir and (known.run_dir / "config.json").exists():
+        return load_config(known.run_dir / "config.json")
+    return PRESETS["small"]
+
+
+def load_config(path: Path) -> Config:
+    """Read a config.json.
+
+    Raises:
+        DiwaError: it is missing, damaged, or has a setting or a type that `Config` has not.
+    """
+    from .checkpoint import read_json
+
+    if path.is_dir():
+        path = path / "config.json"
+    values = read_json(path)
+    try:
+        config = from_dict(Config, values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is no configuration of this version of diwa: {error}") from None
+    check(config, str(path))
+    return config
+
+
+def check(config: Config, source: str = "settings") -> None:
+    """Refuse values of the wrong type and values that no setting can have.
+
+    Raises:
+        DiwaError: names the setting, its value and what is allowed.
+    """
+    from typing import get_args, get_type_hints
+
+    def visit(part: Any, prefix: str) -> None:
+        for name, hint in get_type_hints(type(part)).items():
+            value, label = getattr(part, name), f"{source}: {prefix}{name}"
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{prefix}{name}.")
+            elif get_args(hint) and not isinstance(hint, types.UnionType):
+                if value not in get_args(hint):
+                    raise DiwaError(
+                        f"{label} is {value!r}; choose from {', '.join(get_args(hint))}"
+                    )
+            elif not isinstance(value, (int, float) if hint is float else hint):
+                raise DiwaError(f"{label} is {value!r}; it must be of type {hint}")
+            elif isinstance(value, (int, float)) and not value >= 0:
+                raise DiwaError(f"{label} is {value}; it must not be negative")
+
+    visit(config, "")
+    if not 1 <= config.finetune.ft_denoising_steps <= config.policy.denoising_steps:
+        raise DiwaError(
+            f"{source}: finetune.ft_denoising_steps is {config.finetune.ft_denoising_steps}; "
+            f"it must be 1 to policy.denoising_steps ({config.policy.denoising_steps})"
+        )
+
+
+def _run(command: str, options: Options) -> int:
+    names = list(FUNCTIONS) if command == "run" else [command.replace("-", "_")]
+    run = open_run(options, names[0])
+    try:
+        for name in names:
+            phase_function(name)(run.config, run)
+        if command == "run" or command in ("evaluate", "report"):
+            from .report import print_summary
+
+            print_summary(run)
+    finally:
+        run.close()
+    return 0
+
+
+def phase_function(name: str) -> Callable[[Config, RunFolder], dict[str, Any]]:
+    """The function of a phase, imported now."""
+    module, _, attribute = FUNCTIONS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def open_run(options: Options, first_phase: str) -> RunFolder:
+    """Open the run folder, after `--overwrite` has made room for `first_phase` and later ones.
+
+    Raises:
+        RunError: the folder has other settings, or is no run folder.
+    """
+    import torch
+
+    from . import run as runs
+
+    config = options.settings
+    default = Path("runs") / f"{config.preset}-{config.task}-s{config.seed}"
+    path = options.run_dir or default
+    saved = runs.saved_config(path)
+    if saved is None and path.is_dir() and any(path.iterdir()):
+        raise RunError(f"{path} is neither empty nor a run folder; give another --run-dir")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError(
+            "no CUDA device is to be had here; add `--device cpu`, or see GPU in the README"
+        )
+    if options.overwrite and saved is not None:
+        phases = list(FUNCTIONS)[list(FUNCTIONS).index(first_phase) :]
+        _check_overwrite(path, runs.differences(saved, to_dict(config)), phases)
+        runs.discard(path, phases)
+        (path / "config.json").unlink()
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    return runs.RunFolder(path, config)
+
+
+def _check_overwrite(path: Path, changed: dict[str, tuple[Any, Any]], phases: list[str]) -> None:
+    """Settings of earlier phases, whose outputs stay, must stay as well."""
+    if phases == list(FUNCTIONS):
+        return
+    for name, (old, new) in changed.items():
+        section = name.partition(".")[0]
+        if SECTIONS.get(section, section) not in (*phases, "device", "threads", "preset"):
+            raise RunError(
+                f"{name} is {old} in {path}, {new} now, and earlier phases used it;\n"
+                "give another --run-dir, or `diwa run --overwrite` to start from nothing"
+            )
