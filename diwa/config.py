@@ -32,8 +32,6 @@ class CollectConfig:
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
     demos: int = 5
     """Successful expert episodes of the skill that the policy is pre-trained on."""
-    reward_demos: int = 40
-    """Episodes of the skill (successes and labelled failures) for the success classifier."""
     train_starts: int = 200
     """Start observations that dreams begin from; encoded once, never stepped."""
     workers: int = 2
@@ -84,6 +82,8 @@ class WorldModelConfig:
     """Share of the KL that trains the prior."""
     state_weight: float = 50.0
     """Weight of the squared error of the standardised state."""
+    unimix: float = 0.0
+    """Share of the uniform distribution in every categorical (0 in the paper)."""
     reset_prob: float = 0.01
     """Probability that a frame starts from the zero state, so that zero-history starts are known."""
     holdout: float = 0.05
@@ -136,8 +136,11 @@ class RewardConfig:
 
     kind: Literal["classifier", "decoder"] = "classifier"
     """`decoder`: reward from the decoded scene state and the task's own thresholds."""
+    windows: int = 400
+    """Windows of play, half of them solved, that the classifier is trained on."""
     steps: int = 1500
-    batch_size: int = 128
+    """Gradient steps."""
+    batch_size: int = 192
     lr: float = 3e-4
     weight_decay: float = 1e-3
     contrastive_weight: float = 0.2
@@ -195,8 +198,8 @@ class FinetuneConfig:
     reward_clip: float = 10.0
     per_step_reward: bool = True
     """Classify every latent, as the simulator checks every step, not only the chunk's last."""
-    start_noise: float = 0.0
-    """Reserved share of dreams that start inside demonstrations instead of at start states."""
+    imagined_eval: int = 256
+    """Dreamed episodes behind the imagined success before and after."""
     eval_every: int = 20
     """Iterations between evaluations in the simulator (0: only when the phase has ended)."""
     eval_episodes: int = 30
@@ -266,7 +269,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 _TINY = Config(
     preset="tiny",
     task="move_slider_right",
-    collect=CollectConfig(play_transitions=4000, demos=4, reward_demos=8, train_starts=32),
+    collect=CollectConfig(play_transitions=4000, demos=4, train_starts=32),
     world_model=WorldModelConfig(
         deter_dim=64,
         stoch_groups=8,
@@ -280,7 +283,7 @@ _TINY = Config(
     ),
     policy=PolicyConfig(width=64),
     pretrain=PretrainConfig(steps=200, feature_samples=1),
-    reward=RewardConfig(steps=150, width=64),
+    reward=RewardConfig(windows=40, steps=150, width=64),
     finetune=FinetuneConfig(
         iterations=3, n_dreams=8, n_chunks=18, update_epochs=2, critic_warmup=1, eval_every=0
     ),
@@ -290,7 +293,7 @@ _TINY = Config(
 _PAPER = Config(
     preset="paper",
     device="cuda",
-    collect=CollectConfig(play_transitions=200_000, demos=50, reward_demos=50),
+    collect=CollectConfig(play_transitions=200_000, demos=50),
     world_model=WorldModelConfig(
         deter_dim=1024,
         stoch_groups=32,

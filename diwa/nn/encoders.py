@@ -15,7 +15,6 @@ from torch import Tensor
 
 ROBOT_DIM, SCENE_DIM = 15, 24
 
-# (name, columns in the codec's vector, unit); the order is the layout of the vector
 _FIXTURES = ("slider", "drawer", "button", "switch", "lightbulb", "led")
 _BLOCKS = ("red_block", "blue_block", "pink_block")
 
@@ -99,6 +98,17 @@ class StateCodec(nn.Module):
                 scene[..., first : first + 3] = block[..., :3]
                 scene[..., first + 3 : first + 6] = euler_from_rot6d(block[..., 3:])
         return robot, scene
+
+    def column_names(self) -> list[str]:
+        """Name of every column of the vector."""
+        names = [f"tcp_{axis}" for axis in "xyz"] + [f"rotation_{i}" for i in range(6)]
+        names += ["gripper_width", *(f"arm_joint_{i}" for i in range(7)), "gripper_command"]
+        names += list(_FIXTURES)
+        if self.observe_blocks:
+            for block in _BLOCKS:
+                names += [f"{block}_{axis}" for axis in "xyz"]
+                names += [f"{block}_rotation_{i}" for i in range(6)]
+        return names
 
     def quantities(self) -> dict[str, tuple[slice, str]]:
         """Reported quantities: name -> (columns of the vector, unit)."""

@@ -1,0 +1,89 @@
+"""Training windows from recorded episodes: parallel streams with carried state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diwa.data.store import NEUTRAL_ACTION, Episode
+
+
+def previous_actions(action: np.ndarray) -> np.ndarray:
+    """Actions `[T, 7]` taken after frames -> `[T + 1, 7]` that led to frames, neutral first."""
+    return np.concatenate([NEUTRAL_ACTION[None], action]).astype(np.float32)
+
+
+class StreamSampler:
+    """Cuts all frames into B equal streams that advance T frames per batch (method section 1.8).
+
+    Frames of the episodes are laid end to end; stream j of an epoch starts at a random offset plus
+    j/B of the data and wraps around. The reset flag is set at every true episode start, so a
+    window may run across a boundary without leaking state. Batch i is a pure function of (seed,
+    i): resuming needs only the step number and the carried state.
+
+    Args:
+        columns: name -> one `[T_i + 1, ...]` tensor per episode, float32.
+        actions: `[T_i, A]` per episode, taken after frames.
+        batch_size: B.
+        seq_len: T.
+        seed: of the offsets and of the extra resets.
+        reset_prob: probability of an extra reset flag on a frame.
+        device: of the whole data set, which is kept there.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, Sequence[Tensor]],
+        actions: Sequence[np.ndarray],
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        reset_prob: float = 0.01,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.columns = {k: torch.cat(list(v)).to(device) for k, v in columns.items()}
+        led = [torch.from_numpy(previous_actions(a)) for a in actions]
+        self.action = torch.cat(led).to(device)
+        first = [torch.zeros(len(a)) for a in led]
+        for flags in first:
+            flags[0] = 1.0
+        self.first = torch.cat(first).to(device)
+        self.frames = len(self.first)
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.reset_prob, self.device = reset_prob, device
+        self.steps_per_epoch = max(1, self.frames // (batch_size * seq_len))
+
+    def new_epoch(self, step: int) -> bool:
+        """Whether the carried state must be dropped before this batch."""
+        return step % self.steps_per_epoch == 0
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Batch of gradient step `step`: columns `[T, B, ...]`, `action`, `reset [T, B]` in {0, 1}."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        offset = np.random.default_rng((self.seed, epoch)).integers(self.frames)
+        stream = np.arange(self.batch_size) * (self.frames / self.batch_size)
+        time = within * self.seq_len + np.arange(self.seq_len)
+        index = (offset + time[:, None] + stream[None].astype(np.int64)) % self.frames
+        extra = np.random.default_rng((self.seed, epoch, within)).random(index.shape)
+        idx = torch.from_numpy(index).to(self.device)
+        out = {k: v[idx] for k, v in self.columns.items()}
+        out["action"] = self.action[idx]
+        random_reset = torch.from_numpy((extra < self.reset_prob).astype(np.float32))
+        reset = torch.maximum(self.first[idx], random_reset.to(self.device))
+        if self.new_epoch(step):
+            reset[0] = 1.0
+        out["reset"] = reset
+        return out
+
+
+def split_episodes(episodes: Sequence[Episode], holdout: float) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out episodes; every k-th is held out, at least one."""
+    every = max(2, round(1 / holdout)) if holdout > 0 else len(episodes) + 1
+    held = [i for i in range(len(episodes)) if i % every == every - 1]
+    if not held and len(episodes) > 1 and holdout > 0:
+        held = [len(episodes) - 1]
+    return [i for i in range(len(episodes)) if i not in set(held)], held

@@ -1,0 +1,136 @@
+"""The imagined environment: N dreams of a frozen world model, stepped in action chunks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diwa.envs.tasks import RULES, check_task
+from diwa.nn.heads import RewardClassifier
+from diwa.nn.rssm import RSSMState, sample_onehot
+from diwa.nn.world_model import WorldModel
+
+
+class SuccessFunction(Protocol):
+    """Judges latents: features `[..., F]`, start scenes `[..., 24]` -> bool `[...]`."""
+
+    def __call__(self, feature: Tensor, scene_start: Tensor) -> Tensor: ...
+
+
+class ClassifierSuccess:
+    """Success classifier on the latent (method section 4.5)."""
+
+    def __init__(self, model: RewardClassifier, threshold: float) -> None:
+        self.model, self.threshold = model, threshold
+
+    def __call__(self, feature: Tensor, scene_start: Tensor) -> Tensor:
+        """See `SuccessFunction`; the start scene is not used."""
+        return self.model.success_probability(feature) > self.threshold
+
+
+class DecoderSuccess:
+    """The task's own rule on the decoded scene state (the hybrid variant, section 4.5)."""
+
+    def __init__(self, world_model: WorldModel, task: str) -> None:
+        self.world_model, self.rule = world_model, RULES[check_task(task)]
+
+    def __call__(self, feature: Tensor, scene_start: Tensor) -> Tensor:
+        """See `SuccessFunction`."""
+        index, sign, change = self.rule
+        _, scene = self.world_model.decode(feature)
+        return sign * (scene[..., index] - scene_start[..., index]) > change
+
+
+class Dream:
+    """N parallel imagined episodes; mirrors a vector environment but keeps everything in tensors.
+
+    Starts are observations encoded once, from the zero state; a reset only draws one of them and
+    samples its posterior.
+
+    Args:
+        world_model: frozen.
+        success: judges latents.
+        robot_obs: `[P, 15]` start observations.
+        scene_obs: `[P, 24]`.
+        n: dreams N.
+        max_episode_steps: low-level steps after which an episode is truncated.
+        per_step_reward: judge every latent of a chunk instead of only the last.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        success: SuccessFunction,
+        robot_obs: Tensor,
+        scene_obs: Tensor,
+        n: int,
+        max_episode_steps: int,
+        per_step_reward: bool = True,
+    ) -> None:
+        self.world_model, self.success, self.n = world_model, success, n
+        self.max_episode_steps, self.per_step_reward = max_episode_steps, per_step_reward
+        self.pool_scene = scene_obs
+        self._encode_starts(robot_obs, scene_obs)
+        device = scene_obs.device
+        self.state = world_model.rssm.initial(n, device)
+        self.scene_start = scene_obs.new_zeros(n, scene_obs.shape[-1])
+        self.elapsed = torch.zeros(n, device=device)
+
+    @torch.no_grad()
+    def _encode_starts(self, robot_obs: Tensor, scene_obs: Tensor) -> None:
+        rssm = self.world_model.rssm
+        embed = self.world_model.encoder(self.world_model.observation(robot_obs, scene_obs))
+        count = len(scene_obs)
+        neutral = embed.new_tensor([0, 0, 0, 0, 0, 0, 1.0]).expand(1, count, 7)
+        post = rssm.observe(
+            embed[None],
+            neutral,
+            embed.new_ones(1, count),
+            rssm.initial(count),
+            embed.new_zeros(1, count, rssm.stoch_groups),
+        )
+        self.pool_h, self.pool_logits = post.h[0], post.logits[0]
+
+    @torch.no_grad()
+    def reset(self, mask: Tensor, draw: Tensor, uniform: Tensor) -> None:
+        """Start new episodes where `mask [N]` is set.
+
+        Args:
+            mask: bool.
+            draw: `[N]` uniforms in [0, 1) that choose the start.
+            uniform: `[N, S]` of the posterior sample.
+        """
+        index = (draw * len(self.pool_h)).long()
+        rssm = self.world_model.rssm
+        z = sample_onehot(self.pool_logits[index], uniform, unimix=rssm.unimix)
+        keep = mask[:, None]
+        self.state = RSSMState(
+            torch.where(keep, self.pool_h[index], self.state.h),
+            torch.where(keep, z, self.state.z),
+        )
+        self.scene_start = torch.where(keep, self.pool_scene[index], self.scene_start)
+        self.elapsed = torch.where(mask, torch.zeros_like(self.elapsed), self.elapsed)
+
+    @torch.no_grad()
+    def step(self, action: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Imagine one chunk.
+
+        Args:
+            action: `[N, L, A]` as the simulator would take them.
+            uniform: `[L, N, S]`.
+
+        Returns:
+            feature `[N, F]` after the chunk (before any reset), terminated (success) and truncated,
+            both bool `[N]`.
+        """
+        terminated = torch.zeros(self.n, dtype=torch.bool, device=action.device)
+        last = action.shape[1] - 1
+        for i in range(action.shape[1]):
+            self.state = self.world_model.rssm.imagine(self.state, action[:, i], uniform[i])
+            if self.per_step_reward or i == last:
+                terminated |= self.success(self.state.feature, self.scene_start)
+        self.elapsed = self.elapsed + action.shape[1]
+        truncated = (self.elapsed >= self.max_episode_steps) & ~terminated
+        return self.state.feature, terminated, truncated

@@ -1,0 +1,1 @@
+"""The phases of a run; each is a function (config, run folder) -> result that reads and writes files."""

@@ -1,0 +1,72 @@
+"""Phase 0: play, demonstrations and start observations from the embedded simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from diwa.config import Config
+from diwa.data.store import EpisodeStore, write_store
+from diwa.errors import StoreError
+from diwa.run import RunFolder
+
+# Seeds of the three kinds of starts never meet; test starts are the same for every run.
+TRAIN_STARTS, VALIDATION_STARTS, TEST_STARTS = 1_000_000, 2_000_000, 3_000_000
+
+
+def save_starts(path: Path, starts: dict[str, np.ndarray]) -> None:
+    """Write start observations `robot_obs [n, 15]`, `scene_obs [n, 24]` atomically."""
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez(partial, **starts)
+    partial.replace(path)
+
+
+def load_starts(path: Path) -> dict[str, np.ndarray]:
+    """Read start observations written by `save_starts`.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in ("robot_obs", "scene_obs")}
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} is missing or damaged ({error}); run `diwa collect`") from None
+
+
+def collect(config: Config, run: RunFolder) -> dict:
+    """Write `collect/play` (unless `from_run` has it), `collect/demos` and `collect/starts.npz`."""
+    c = config.collect
+    with run.phase("collect", c.play_transitions, "collect/transitions") as phase:
+        if phase.result is not None:
+            return phase.result
+        from diwa.data.collect import collect_demos, collect_play
+        from diwa.envs.starts import make_starts
+
+        def progress(done: int, _total: int) -> None:
+            phase.log(done, {"collect/transitions": done})
+
+        seed = config.seed + c.seed_offset
+        if config.from_run:
+            play = EpisodeStore(Path(config.from_run) / "collect" / "play")
+        elif (phase.dir / "play" / "index.json").exists():
+            play = EpisodeStore(phase.dir / "play")
+        else:
+            episodes = collect_play(
+                c.play_transitions, seed=seed, workers=c.workers, progress=progress
+            )
+            play = write_store(phase.dir / "play", episodes)
+        demos = collect_demos(config.task, c.demos, seed=config.seed, workers=c.workers)
+        store = write_store(phase.dir / "demos", demos)
+        starts = make_starts(config.task, c.train_starts, seed=TRAIN_STARTS + config.seed)
+        save_starts(phase.dir / "starts.npz", starts)
+        return phase.finish(
+            {
+                "play_transitions": play.transitions,
+                "play_episodes": len(play),
+                "demos": len(store),
+                "demo_transitions": store.transitions,
+                "train_starts": c.train_starts,
+            }
+        )

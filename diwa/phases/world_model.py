@@ -1,0 +1,160 @@
+"""Phase 1: train the world model on play and report its open-loop error."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diwa.agent import load_world_model, save_world_model, source_folder
+from diwa.config import Config, WorldModelConfig
+from diwa.data.sampler import StreamSampler, split_episodes
+from diwa.data.store import Episode, EpisodeStore
+from diwa.errors import StoreError
+from diwa.graph import GraphedStep
+from diwa.nn.encoders import to_tensor
+from diwa.nn.rssm import RSSMState
+from diwa.nn.world_model import WorldModel
+from diwa.phases.open_loop import open_loop_report
+from diwa.run import Phase, RunFolder
+
+LOG_EVERY, CHECKPOINT_EVERY = 25, 250
+
+
+def learning_rate(step: int, config: WorldModelConfig) -> float:
+    """Linear warm-up, then cosine decay to `lr_final_fraction` of the peak."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    progress = min(1.0, step / max(1, config.steps))
+    low = config.lr_final_fraction
+    return config.lr * warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Trainer:
+    """World model, optimizer and data of one training, with a step that can be a CUDA graph."""
+
+    def __init__(
+        self, config: WorldModelConfig, episodes: list[Episode], seed: int, device: str
+    ) -> None:
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = WorldModel(config)
+        robot = [to_tensor(e.robot_obs) for e in episodes]
+        scene = [to_tensor(e.scene_obs) for e in episodes]
+        self.model.codec.fit(torch.cat(robot), torch.cat(scene))
+        states = [self.model.codec(r, s) for r, s in zip(robot, scene, strict=True)]
+        self.model.to(device)
+        self.sampler = StreamSampler(
+            {"state": states},
+            [e.action for e in episodes],
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=seed,
+            reset_prob=config.reset_prob,
+            device=device,
+        )
+        cuda = torch.device(device).type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=torch.tensor(config.lr, device=device) if cuda else config.lr,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            capturable=cuda,
+        )
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.carried = self.model.rssm.initial(config.batch_size)
+        self._step = GraphedStep(self._train_step, device)
+
+    def _train_step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = self.model.loss(
+            {"state": inputs["state"]},
+            inputs["action"],
+            inputs["reset"],
+            RSSMState(inputs["h"], inputs["z"]),
+            inputs["uniform"],
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        return {
+            "loss": loss.total.detach(),
+            "reconstruction": loss.reconstruction,
+            "kl": loss.kl,
+            "grad_norm": norm,
+            "h": loss.state.h,
+            "z": loss.state.z,
+        }
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Gradient step number `step`; returns its scalars."""
+        c = self.config
+        rate = learning_rate(step, c)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        batch = self.sampler.batch(step)
+        uniform = self.model.uniform(c.seq_len, c.batch_size, generator=self.generator)
+        out = self._step({**batch, "uniform": uniform, "h": self.carried.h, "z": self.carried.z})
+        self.carried = RSSMState(out.pop("h").clone(), out.pop("z").clone())
+        return out
+
+
+def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Episode], int]:
+    store = EpisodeStore(source_folder(config, run.path) / "collect" / "play")
+    episodes = list(store)
+    for i, episode in enumerate(episodes):
+        episode.validate(f"{store.path}, episode {i}")
+    train, held = split_episodes(episodes, config.world_model.holdout)
+    if not train or sum(len(episodes[i]) for i in train) < config.world_model.seq_len:
+        raise StoreError(f"{store.path} is too small to train a world model; collect more play")
+    return [episodes[i] for i in train], [episodes[i] for i in held], store.transitions
+
+
+def _train(trainer: Trainer, phase: Phase) -> None:
+    modules = {"model": trainer.model, "optimizer": trainer.optimizer}
+    generators = {"uniforms": trainer.generator}
+    extra = phase.restore(modules, generators)
+    device = trainer.model.codec.mean.device
+    if extra:
+        trainer.carried = RSSMState(extra["h"].to(device), extra["z"].to(device))
+    total = trainer.config.steps
+    for step in range(phase.start, total):
+        out = trainer.step(step)
+        if step % LOG_EVERY == 0 or step == total - 1:
+            phase.log(step, {f"world_model/{k}": v.item() for k, v in out.items()})
+        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < total:
+            carried = {"h": trainer.carried.h, "z": trainer.carried.z}
+            phase.checkpoint(step + 1, modules, generators, carried)
+
+
+def train_world_model(config: Config, run: RunFolder) -> dict:
+    """Train on the run's play; writes `world_model/` with weights, result and `dream.npz`.
+
+    Raises:
+        StoreError: no play, or too little of it.
+        RunError: the loss is not finite.
+    """
+    with run.phase("world_model", config.world_model.steps, "world_model/loss") as phase:
+        if phase.result is not None:
+            return phase.result
+        if config.from_run:
+            source = source_folder(config, run.path) / "world_model"
+            save_world_model(phase.dir, load_world_model(source))
+            return phase.finish({"from_run": config.from_run})
+        torch.set_num_threads(config.threads)
+        train, held, transitions = _load_play(config, run)
+        trainer = Trainer(config.world_model, train, config.seed, config.device)
+        _train(trainer, phase)
+        model = trainer.model.requires_grad_(False).eval()
+        report, dream = open_loop_report(model, held, config.world_model, config.seed)
+        np.savez(phase.dir / "dream.npz", **dream)
+        save_world_model(phase.dir, model)
+        parameters = sum(p.numel() for p in model.parameters())
+        return phase.finish(
+            {"open_loop": report, "parameters": parameters, "play_transitions": transitions}
+        )
