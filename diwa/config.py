@@ -85,7 +85,7 @@ class WorldModelConfig:
     unimix: float = 0.0
     """Share of the uniform distribution in every categorical (0 in the paper)."""
     reset_prob: float = 0.01
-    """Probability that a frame starts from the zero state, so that zero-history starts are known."""
+    """Probability that a frame starts from the zero state, as every episode and dream does."""
     holdout: float = 0.05
     """Share of the play episodes kept for the open-loop report."""
     open_loop_steps: int = 40
@@ -132,7 +132,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Success classifier on latents (method section 4), or the latent decoder of the hybrid variant."""
+    """Success classifier on latents (method section 4), or the hybrid variant's latent decoder."""
 
     kind: Literal["classifier", "decoder"] = "classifier"
     """`decoder`: reward from the decoded scene state and the task's own thresholds."""

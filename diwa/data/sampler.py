@@ -62,7 +62,7 @@ class StreamSampler:
         return step % self.steps_per_epoch == 0
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Batch of gradient step `step`: columns `[T, B, ...]`, `action`, `reset [T, B]` in {0, 1}."""
+        """Batch of gradient step `step`: columns and `action` `[T, B, ...]`, `reset [T, B]`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         offset = np.random.default_rng((self.seed, epoch)).integers(self.frames)
         stream = np.arange(self.batch_size) * (self.frames / self.batch_size)

@@ -97,7 +97,9 @@ class DenoisingMLP(nn.Module):
         half = time_dim // 2
         omega = torch.exp(-torch.arange(half) * math.log(1e4) / (half - 1))
         angle = torch.arange(denoising_steps)[:, None] * omega
-        self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], -1), persistent=False)
+        self.register_buffer(
+            "sinusoid", torch.cat([angle.sin(), angle.cos()], -1), persistent=False
+        )
         self.time = nn.Sequential(
             nn.Linear(time_dim, 2 * time_dim), nn.Mish(), nn.Linear(2 * time_dim, time_dim)
         )

@@ -20,7 +20,7 @@ _BLOCKS = ("red_block", "blue_block", "pink_block")
 
 
 def rot6d(euler: Tensor) -> Tensor:
-    """Euler XYZ angles `[..., 3]` (rad) -> first two rows of R_x R_y R_z, `[..., 6]` (section 1.1)."""
+    """Euler XYZ `[..., 3]` (rad) -> first two rows of R_x R_y R_z, `[..., 6]` (section 1.1)."""
     a, b, c = euler.unbind(-1)
     ca, sa, cb, sb, cc, sc = a.cos(), a.sin(), b.cos(), b.sin(), c.cos(), c.sin()
     rows = (cb * cc, -cb * sc, sb, ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb)
@@ -33,7 +33,8 @@ def euler_from_rot6d(r: Tensor) -> Tensor:
     y = nn.functional.normalize(r[..., 3:] - (x * r[..., 3:]).sum(-1, keepdim=True) * x, dim=-1)
     z = torch.linalg.cross(x, y, dim=-1)
     b = torch.asin(x[..., 2].clamp(-1, 1))
-    return torch.stack([torch.atan2(-y[..., 2], z[..., 2]), b, torch.atan2(-x[..., 1], x[..., 0])], -1)
+    a, c = torch.atan2(-y[..., 2], z[..., 2]), torch.atan2(-x[..., 1], x[..., 0])
+    return torch.stack([a, b, c], dim=-1)
 
 
 class StateCodec(nn.Module):
@@ -70,7 +71,7 @@ class StateCodec(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def fit(self, robot_obs: Tensor, scene_obs: Tensor) -> None:
-        """Set mean and deviation from data `[n, 15]`, `[n, 24]`; deviations have physical floors."""
+        """Set mean and deviation from data `[n, 15]`, `[n, 24]`; deviations have floors."""
         raw = self._raw(robot_obs.double(), scene_obs.double())
         floor = [0.05] * 3 + [0.1] * 6 + [0.02] + [0.1] * 7 + [0.5]
         floor += [0.05, 0.05, 0.004, 0.02, 0.25, 0.25] + ([0.05] * 3 + [0.2] * 6) * (

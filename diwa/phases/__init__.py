@@ -1,1 +1,1 @@
-"""The phases of a run; each is a function (config, run folder) -> result that reads and writes files."""
+"""The phases of a run: functions (config, run folder) -> result that read and write its files."""

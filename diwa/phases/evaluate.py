@@ -28,8 +28,8 @@ def task_starts(task: str, n: int, seed: int) -> dict[str, NDArray[np.float32]]:
 
 
 def _make_env(task: str, starts: dict[str, NDArray], share: list[int], max_steps: int) -> Any:
-    from diwa.envs.queue import StartQueue
     from diwa.envs.playtable import PlayTable
+    from diwa.envs.queue import StartQueue
 
     return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, share)
 
@@ -51,9 +51,7 @@ class _Slots:
         self.time = np.zeros(n, dtype=int)
         self.chunk = torch.zeros(n, c.chunk, 7, device=self.device)
         chunks = -(-max_steps // c.chunk)
-        self.noise = torch.zeros(
-            n, chunks, c.denoising_steps + 1, c.chunk, 7, device=self.device
-        )
+        self.noise = torch.zeros(n, chunks, c.denoising_steps + 1, c.chunk, 7, device=self.device)
         self.uniform = torch.zeros(n, max_steps + 1, rssm.stoch_groups, device=self.device)
 
     def begin(self, slot: int, start: int) -> None:
@@ -80,7 +78,9 @@ class _Slots:
         due = np.flatnonzero(self.time % c.chunk == 0)
         if len(due):
             index = torch.from_numpy(due)
-            number = torch.from_numpy(np.minimum(self.time[due] // c.chunk, self.noise.shape[1] - 1))
+            number = torch.from_numpy(
+                np.minimum(self.time[due] // c.chunk, self.noise.shape[1] - 1)
+            )
             noise = self.noise[index, number].transpose(0, 1)
             state = RSSMState(self.state.h[index], self.state.z[index])
             self.chunk[index] = self.agent.act(state, noise)

@@ -89,9 +89,7 @@ class Finetuner:
         )
         kf = c.ft_denoising_steps
         self.discount = denoising_discount(kf, c.gamma_denoising, self.device)
-        self.clip = clip_schedule(
-            kf, c.clip_coef, c.clip_coef_base, c.clip_coef_rate, self.device
-        )
+        self.clip = clip_schedule(kf, c.clip_coef, c.clip_coef_base, c.clip_coef_rate, self.device)
 
     def _rand(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.device)
@@ -246,8 +244,8 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
     base, _ = load_policy(run.dir("pretrain"), config.device)
     if base.cond_dim != model.feature_dim:
         raise RunError(
-            f"{run.dir('pretrain')} holds a policy for features of {base.cond_dim}, the world model "
-            f"makes {model.feature_dim}; pre-train again (--overwrite)"
+            f"{run.dir('pretrain')} holds a policy for features of {base.cond_dim}, "
+            f"the world model makes {model.feature_dim}; pre-train again (--overwrite)"
         )
     arrays = load_starts(run.dir("collect") / "starts.npz")
     starts = {k: to_tensor(v, config.device) for k, v in arrays.items()}

@@ -1,4 +1,4 @@
-"""Phase 2: pre-train the diffusion policy on demonstrations in latent space (method section 3.4)."""
+"""Phase 2: pre-train the policy on demonstrations in latent space (method section 3.4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG_EVERY, CHECKPOINT_EVERY = 50, 1000
 def episode_features(
     model: WorldModel, episode: Episode, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """Posterior features `[T + 1, samples, F]` of an episode, from the zero state as at test time."""
+    """Posterior features `[T + 1, samples, F]` of an episode, from zero state as at test time."""
     device = model.codec.mean.device
     obs = model.observation(
         to_tensor(episode.robot_obs, device), to_tensor(episode.scene_obs, device)

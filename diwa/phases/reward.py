@@ -113,9 +113,7 @@ def window_features(
     )
     deter = model.rssm.deter_dim
     first = RSSMState(real[0, :, :deter], real[0, :, deter:])
-    dreamed = model.open_loop(
-        first, action[1:], model.uniform(length - 1, n, generator=generator)
-    )
+    dreamed = model.open_loop(first, action[1:], model.uniform(length - 1, n, generator=generator))
     return real, torch.cat([real[:1], dreamed])
 
 
