@@ -44,7 +44,7 @@ class GraphedStep:
         for name, value in inputs.items():
             self._inputs[name].copy_(value)
         self._graph.replay()
-        return self._outputs
+        return dict(self._outputs)  # callers may take entries out
 
     def _eager(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._calls += 1

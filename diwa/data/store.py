@@ -85,8 +85,14 @@ class EpisodeStore:
             index = json.loads(index_file.read_text())
             self.lengths = np.asarray(index["lengths"], dtype=np.int64)
             self.tasks: list[str] = index["tasks"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{index_file} is damaged ({error}); collect the data again") from None
+        if (
+            self.lengths.ndim != 1
+            or (self.lengths < 0).any()
+            or len(self.tasks) != len(self.lengths)
+        ):
+            raise StoreError(f"{index_file} contradicts itself; collect the data again")
         self.frames = int((self.lengths + 1).sum())
         self.starts = np.concatenate([[0], np.cumsum(self.lengths + 1)])[:-1]
         self.robot_obs = self._open("robot_obs")
@@ -98,7 +104,7 @@ class EpisodeStore:
         file = self.path / f"{name}.npy"
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
             raise StoreError(
                 f"{file} is missing or truncated ({error}); collect the data again"
             ) from None
@@ -146,6 +152,7 @@ def write_store(path: str | Path, episodes: Sequence[Episode]) -> EpisodeStore:
     for i, episode in enumerate(episodes):
         episode.validate(f"episode {i} for {path}")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
     partial.mkdir(parents=True)
     try:
         for name in ("robot_obs", "scene_obs"):

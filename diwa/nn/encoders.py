@@ -85,7 +85,7 @@ class StateCodec(nn.Module):
         return (self._raw(robot_obs, scene_obs) - self.mean) / self.std
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised `[..., O]` -> `robot_obs [..., 15]`, `scene_obs [..., 24]` in physical units.
+        """Standardised `[..., O]` -> `robot_obs [..., 15]`, `scene_obs [..., 24]` (m, rad).
 
         Lights come back as numbers near 0 and 1; unobserved blocks come back as zeros.
         """
