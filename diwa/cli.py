@@ -49,7 +49,7 @@ FUNCTIONS = {
     "reward": "diwa.phases.reward:train_reward",
     "finetune": "diwa.phases.finetune:finetune",
     "evaluate": "diwa.phases.evaluate:evaluate_run",
-    "report": "diwa.report:make_report",
+    "report": "diwa.report:report",
 }
 """Phase -> function of (config, run folder), in the order of a run."""
 
@@ -253,9 +253,13 @@ def check(config: Config, source: str = "settings") -> None:
 
 
 def _run(command: str, options: Options) -> int:
+    from . import run as runs
+
     names = list(FUNCTIONS) if command == "run" else [command.replace("-", "_")]
     run = open_run(options, names[0])
     try:
+        if command == "report":
+            runs.discard(run.path, names)  # asked for by name it is made anew
         for name in names:
             phase_function(name)(run.config, run)
         if command == "run" or command in ("evaluate", "report"):
