@@ -21,6 +21,11 @@ def source_folder(config: Config, run_path: Path) -> Path:
     return Path(config.from_run) if config.from_run else run_path
 
 
+def world_model_folder(config: Config, run_path: Path) -> Path:
+    """Folder of the world model that this run uses."""
+    return source_folder(config, run_path) / "world_model"
+
+
 def save_world_model(folder: Path, model: WorldModel) -> None:
     """Write weights and architecture."""
     checkpoint.save_model(folder, model, {"kind": "world_model", "config": to_dict(model.config)})

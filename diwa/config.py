@@ -1,4 +1,4 @@
-"""Every hyper-parameter of diwa: frozen dataclasses and the presets `tiny`, `small`, `paper`.
+"""Every hyper-parameter of diwa: frozen dataclasses and the presets `tiny`, `small`, `medium`, `paper`.
 
 Letters are those of `diwa.__doc__`. Defaults are the `small` preset (state observations, two CPU
 cores); the numbers of the paper are in `PRESETS["paper"]`.
@@ -24,14 +24,30 @@ TaskName = Literal[
 ]
 
 
+SKILL_DEMOS = types.MappingProxyType(
+    {
+        "open_drawer": 5,
+        "close_drawer": 5,
+        "move_slider_left": 5,
+        "move_slider_right": 5,
+        "turn_on_lightbulb": 5,
+        "turn_off_lightbulb": 5,
+        "turn_on_led": 5,
+        "turn_off_led": 5,
+    }
+)
+"""Demonstrations of each skill where `collect.demos` is 0."""
+
+
 @dataclass(frozen=True)
 class CollectConfig:
     """Play and demonstrations, collected by scripted experts in the embedded simulator."""
 
     play_transitions: int = 60_000
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
-    demos: int = 5
-    """Successful expert episodes of the skill that the policy is pre-trained on."""
+    demos: int = 0
+    """Successful expert episodes that the policy is pre-trained on; 0 takes the skill's own number
+    (`SKILL_DEMOS`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
     train_starts: int = 200
     """Start observations that dreams begin from; encoded once, never stepped."""
     workers: int = 2
@@ -290,6 +306,23 @@ _TINY = Config(
     evaluate=EvaluateConfig(episodes=6, videos=1),
 )
 
+_MEDIUM = Config(
+    preset="medium",
+    collect=CollectConfig(play_transitions=180_000),
+    world_model=WorldModelConfig(
+        deter_dim=512,
+        stoch_groups=32,
+        stoch_classes=16,
+        hidden_dim=512,
+        embed_dim=512,
+        mlp_dim=512,
+        steps=12_000,
+        batch_size=48,
+        seq_len=48,
+    ),
+    finetune=FinetuneConfig(iterations=80, eval_every=0),
+)
+
 _PAPER = Config(
     preset="paper",
     device="cuda",
@@ -324,4 +357,4 @@ _PAPER = Config(
     evaluate=EvaluateConfig(episodes=100),
 )
 
-PRESETS = types.MappingProxyType({"tiny": _TINY, "small": Config(), "paper": _PAPER})
+PRESETS = types.MappingProxyType({"tiny": _TINY, "small": Config(), "medium": _MEDIUM, "paper": _PAPER})

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from diwa.config import Config
+from diwa.config import SKILL_DEMOS, Config
 from diwa.data.store import EpisodeStore, write_store
 from diwa.errors import StoreError
 from diwa.run import RunFolder
@@ -58,7 +58,8 @@ def collect(config: Config, run: RunFolder) -> dict:
                 c.play_transitions, seed=seed, workers=c.workers, progress=progress
             )
             play = write_store(phase.dir / "play", episodes)
-        demos = collect_demos(config.task, c.demos, seed=config.seed, workers=c.workers)
+        count = c.demos or SKILL_DEMOS[config.task]
+        demos = collect_demos(config.task, count, seed=config.seed, workers=c.workers)
         store = write_store(phase.dir / "demos", demos)
         starts = make_starts(config.task, c.train_starts, seed=TRAIN_STARTS + config.seed)
         save_starts(phase.dir / "starts.npz", starts)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diwa.agent import Agent, load_policy, load_world_model
+from diwa.agent import Agent, load_policy, load_world_model, world_model_folder
 from diwa.config import Config
 from diwa.nn.rssm import RSSMState
 from diwa.phases.collect import TEST_STARTS
@@ -151,7 +151,7 @@ def summary(success: NDArray[np.bool_]) -> dict[str, Any]:
 
 def load_agents(config: Config, run: RunFolder) -> dict[str, Agent]:
     """Agents of the run: `base`, and `finetuned` where that phase is done."""
-    model = load_world_model(run.dir("world_model"), config.device)
+    model = load_world_model(world_model_folder(config, run.path), config.device)
     base, _ = load_policy(run.dir("pretrain"), config.device)
     agents = {"base": Agent(model, base)}
     if (run.dir("finetune") / "result.json").exists():

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diwa.agent import Agent, env_action, load_policy, load_world_model, save_policy
+from diwa.agent import (
+    Agent,
+    env_action,
+    load_policy,
+    load_world_model,
+    save_policy,
+    world_model_folder,
+)
 from diwa.config import Config
 from diwa.envs.dream import Dream, SuccessFunction
 from diwa.errors import RunError
@@ -239,8 +247,14 @@ def imagined_success(
     return wins / total
 
 
+def _env_steps() -> int:
+    """Simulator steps this process has taken; a simulator that is not imported has taken none."""
+    simulator = sys.modules.get("diwa.envs.playtable")
+    return simulator.env_steps_taken() if simulator else 0
+
+
 def _build(config: Config, run: RunFolder) -> Finetuner:
-    model = load_world_model(run.dir("world_model"), config.device)
+    model = load_world_model(world_model_folder(config, run.path), config.device)
     base, _ = load_policy(run.dir("pretrain"), config.device)
     if base.cond_dim != model.feature_dim:
         raise RunError(
@@ -268,10 +282,9 @@ def finetune(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        from diwa.envs.playtable import env_steps_taken
         from diwa.phases.evaluate import evaluate_agent, task_starts
 
-        before = env_steps_taken()
+        before = _env_steps()
         tuner = _build(config, run)
         generators = {"dreams": tuner.generator}
         extra = phase.restore(tuner.modules(), generators)
@@ -290,7 +303,7 @@ def finetune(config: Config, run: RunFolder) -> dict:
                 extra = {"imagined_start": start_success}
                 phase.checkpoint(i + 1, tuner.modules(), generators, extra)
         final_success = tuner.imagined_success(c.imagined_eval)
-        steps = env_steps_taken() - before
+        steps = _env_steps() - before
         if steps:
             raise RunError(f"fine-tuning took {steps} environment steps; it must take none")
         save_policy(phase.dir, tuner.actor.requires_grad_(False), c.ft_denoising_steps)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from diwa.agent import load_world_model, save_policy
+from diwa.agent import load_world_model, save_policy, world_model_folder
 from diwa.config import Config, PretrainConfig
 from diwa.data.sampler import previous_actions
 from diwa.data.store import Episode, EpisodeStore
@@ -110,7 +110,7 @@ def pretrain(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        model = load_world_model(run.dir("world_model"), config.device)
+        model = load_world_model(world_model_folder(config, run.path), config.device)
         store = EpisodeStore(run.dir("collect") / "demos")
         demos = list(store)
         wrong = {d.task for d in demos} - {config.task}

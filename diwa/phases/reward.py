@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diwa.agent import load_world_model, save_classifier, source_folder
+from diwa.agent import load_world_model, save_classifier, source_folder, world_model_folder
 from diwa.config import Config, to_dict
 from diwa.data.sampler import previous_actions, split_episodes
 from diwa.data.store import Episode, EpisodeStore
@@ -184,7 +184,7 @@ def train_reward(config: Config, run: RunFolder) -> dict:
             return phase.result
         torch.set_num_threads(config.threads)
         c, device = config.reward, config.device
-        model = load_world_model(run.dir("world_model"), device)
+        model = load_world_model(world_model_folder(config, run.path), device)
         store = EpisodeStore(source_folder(config, run.path) / "collect" / "play")
         episodes = list(store)
         train, held = split_episodes(episodes, config.world_model.holdout)

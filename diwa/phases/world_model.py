@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diwa.agent import load_world_model, save_world_model, source_folder
+from diwa.agent import (
+    load_world_model,
+    save_world_model,
+    source_folder,
+    world_model_folder,
+)
 from diwa.config import Config, WorldModelConfig
 from diwa.data.sampler import StreamSampler, split_episodes
 from diwa.data.store import Episode, EpisodeStore
@@ -143,9 +148,9 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         if config.from_run:
-            source = source_folder(config, run.path) / "world_model"
-            save_world_model(phase.dir, load_world_model(source))
-            return phase.finish({"from_run": config.from_run})
+            model = load_world_model(world_model_folder(config, run.path))
+            parameters = sum(p.numel() for p in model.parameters())
+            return phase.finish({"from_run": config.from_run, "parameters": parameters})
         torch.set_num_threads(config.threads)
         train, held, transitions = _load_play(config, run)
         trainer = Trainer(config.world_model, train, config.seed, config.device)

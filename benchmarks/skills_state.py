@@ -1,0 +1,212 @@
+"""All eight skills, before and after fine-tuning in imagination -> benchmarks/results/skills_state.json.
+
+One run folder holds the play and the world model (`base`), one more per skill and seed uses them
+through `from_run`. Stages can be run alone, on different machines; finished phases are skipped::
+
+    python benchmarks/skills_state.py --folder runs/skills --stage collect
+    python benchmarks/skills_state.py --folder runs/skills --stage learn --device cuda --jobs 4
+    python benchmarks/skills_state.py --folder runs/skills --stage evaluate
+    python benchmarks/skills_state.py --folder runs/skills --stage summarise
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diwa.config import PRESETS, Config
+from diwa.envs.tasks import TASKS
+from diwa.info import versions
+from diwa.run import RunFolder
+from diwa.stats import wilson_interval
+
+RESULT = Path(__file__).parent / "results" / "skills_state.json"
+STAGES = ("collect", "learn", "evaluate", "summarise")
+
+
+def base_config(args: argparse.Namespace) -> Config:
+    """Configuration of the shared play and world model."""
+    return dataclasses.replace(PRESETS[args.preset], device=args.device, threads=1)
+
+
+def skill_config(args: argparse.Namespace, task: str, seed: int) -> Config:
+    """Configuration of one skill and seed."""
+    from_run = str(args.folder / "base")
+    return dataclasses.replace(base_config(args), task=task, seed=seed, from_run=from_run)
+
+
+def skill_folder(args: argparse.Namespace, task: str, seed: int) -> Path:
+    """Run folder of one skill and seed."""
+    return args.folder / f"{task}-{seed}"
+
+
+def open_run(args: argparse.Namespace, task: str, seed: int) -> tuple[Config, RunFolder]:
+    """The run of one skill and seed; settings of the machine may differ between stages."""
+    path = skill_folder(args, task, seed)
+    config = skill_config(args, task, seed)
+    saved = path / "config.json"
+    if saved.exists():  # device and source folder belong to the machine, not to the run
+        text = json.loads(saved.read_text())
+        text.update(device=config.device, from_run=config.from_run, threads=config.threads)
+        saved.write_text(json.dumps(text, indent=2))
+    return config, RunFolder(path, config, quiet=True)
+
+
+def collect_stage(args: argparse.Namespace) -> None:
+    """Play once, then demonstrations and starts of every skill and seed."""
+    from diwa.phases.collect import collect
+
+    config = base_config(args)
+    collect(config, RunFolder(args.folder / "base", config))
+    for task, seed in args.pairs:
+        collect(*open_run(args, task, seed))
+        print(f"collected {task} seed {seed}", flush=True)
+
+
+def learn_one(args: argparse.Namespace, task: str, seed: int) -> str:
+    """Pre-training, reward and fine-tuning of one skill."""
+    from diwa.phases.finetune import finetune
+    from diwa.phases.pretrain import pretrain
+    from diwa.phases.reward import train_reward
+    from diwa.phases.world_model import train_world_model
+
+    config, run = open_run(args, task, seed)
+    train_world_model(config, run)
+    pretrain(config, run)
+    train_reward(config, run)
+    result = finetune(config, run)
+    return f"{task} {seed}: dream {result['imagined_start']:.2f} -> {result['imagined_final']:.2f}"
+
+
+def evaluate_one(args: argparse.Namespace, task: str, seed: int) -> str:
+    """Base and fine-tuned policy in the simulator."""
+    from diwa.phases.evaluate import evaluate_run
+
+    result = evaluate_run(*open_run(args, task, seed))
+    rates = [f"{k} {result[k]['success']:.2f}" for k in ("base", "finetuned") if k in result]
+    return f"{task} {seed}: {', '.join(rates)}"
+
+
+def learn_world_model(args: argparse.Namespace) -> None:
+    """The shared world model."""
+    from diwa.phases.world_model import train_world_model
+
+    config = base_config(args)
+    path = args.folder / "base" / "config.json"
+    text = json.loads(path.read_text())
+    text.update(device=config.device)
+    path.write_text(json.dumps(text, indent=2))
+    train_world_model(config, RunFolder(args.folder / "base", config))
+
+
+def for_all(args: argparse.Namespace, work: Callable[..., str], jobs: int) -> None:
+    """Run `work` for every skill and seed in `jobs` processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(work, args, task, seed) for task, seed in args.pairs]
+        for future in concurrent.futures.as_completed(futures):
+            print(future.result(), flush=True)
+
+
+def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Success over several evaluations with a Wilson interval."""
+    n = sum(r["n"] for r in results)
+    wins = sum(round(r["success"] * r["n"]) for r in results)
+    return {"success": wins / n, "n": n, "ci": list(wilson_interval(wins, n))}
+
+
+def summarise(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the results of the run folders in the published schema."""
+    base = RunFolder(args.folder / "base", base_config(args), quiet=True)
+    shared = {p: base.result(p)["seconds"] for p in ("collect", "world_model")}
+    tasks: dict[str, Any] = {}
+    for task in args.tasks:
+        runs = [open_run(args, task, seed)[1] for seed in args.seeds]
+        evaluated = [run.result("evaluate") for run in runs]
+        tuned = [run.result("finetune") for run in runs]
+        phases = ("collect", "pretrain", "reward", "finetune", "evaluate")
+        seconds = {p: statistics.mean(r.result(p)["seconds"] for r in runs) for p in phases}
+        seconds["play (shared)"] = shared["collect"]
+        seconds["world_model (shared)"] = shared["world_model"]
+        tasks[task] = {
+            "base": pooled([e["base"] for e in evaluated]),
+            "finetuned": pooled([e["finetuned"] for e in evaluated]),
+            "per_seed": [[e["base"]["success"], e["finetuned"]["success"]] for e in evaluated],
+            "imagined_start": statistics.mean(t["imagined_start"] for t in tuned),
+            "imagined_final": statistics.mean(t["imagined_final"] for t in tuned),
+            "seeds": len(runs),
+            "finetune_env_steps": sum(t["finetune_env_steps"] for t in tuned),
+            "play_transitions": runs[0].result("collect")["play_transitions"],
+            "demos": runs[0].result("collect")["demos"],
+            "reward": runs[0].result("reward"),
+            "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        }
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
+    ).stdout.strip()
+    gains = [t["finetuned"]["success"] - t["base"]["success"] for t in tasks.values()]
+    gaps = [abs(t["imagined_final"] - t["finetuned"]["success"]) for t in tasks.values()]
+    learned_on = json.loads((skill_folder(args, *args.pairs[0]) / "versions.json").read_text())
+    return {
+        "meta": {
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "device": learned_on.get("device", args.device),
+            "versions": learned_on,
+            "preset": args.preset,
+        },
+        "mean_gain": statistics.mean(gains),
+        "mean_gap": statistics.mean(gaps),
+        "tasks": tasks,
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/skills"))
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--preset", default="medium", choices=sorted(PRESETS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--jobs", type=int, default=2, help="skills that learn at the same time")
+    args = parser.parse_args()
+    args.folder = args.folder.resolve()
+    args.pairs = [(task, seed) for seed in args.seeds for task in args.tasks]
+    return args
+
+
+def main() -> None:
+    """Run the chosen stages."""
+    args = parse()
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    if "collect" in stages:
+        collect_stage(args)
+    if "learn" in stages:
+        learn_world_model(args)
+        for_all(args, learn_one, args.jobs)
+    if "evaluate" in stages:
+        for_all(args, evaluate_one, 1)
+    if "summarise" in stages:
+        result = summarise(args)
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        for task, t in result["tasks"].items():
+            print(
+                f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}"
+                f"  dream {t['imagined_start']:.2f} -> {t['imagined_final']:.2f}"
+            )
+        print(f"mean gain {result['mean_gain']:+.3f}, mean gap {result['mean_gap']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
