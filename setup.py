@@ -36,7 +36,7 @@ def find_nvcc():
 
 
 class CMakeExtension(Extension):
-    """One file that CMake makes: diwa._C (pybind11) or a plain libdiwa_*.so with no Python in it."""
+    """One file that CMake makes: diwa._C (pybind11) or a plain libdiwa_*.so without Python."""
 
     def __init__(self, name, optional=False):
         super().__init__(name, sources=[], optional=optional)

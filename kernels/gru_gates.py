@@ -92,9 +92,7 @@ def gru_gates_fwd(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-def gru_gates_bwd(
-    grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def gru_gates_bwd(grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad `[B, H]` -> d_gi `[B, 3H]`, d_gh `[B, 3H]`, d_h `[B, H]`."""
     grad, gi, gh, h = grad.contiguous(), gi.contiguous(), gh.contiguous(), h.contiguous()
     d_gi, d_gh, d_h = torch.empty_like(gi), torch.empty_like(gh), torch.empty_like(h)

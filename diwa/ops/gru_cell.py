@@ -43,9 +43,7 @@ def _fwd_triton(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
 
 
 @torch.library.impl(_lib, "gru_gates_bwd_triton", "CompositeExplicitAutograd")
-def _bwd_triton(
-    grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_triton(grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from diwa.kernels.gru_gates import gru_gates_bwd
 
     return gru_gates_bwd(grad, gi, gh, h)
@@ -55,9 +53,7 @@ def _fake_fwd(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     return h.new_empty(h.shape)
 
 
-def _fake_bwd(
-    grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_bwd(grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gi.new_empty(gi.shape), gh.new_empty(gh.shape), h.new_empty(h.shape)
 
 
@@ -96,8 +92,12 @@ def _check(
         raise ValueError(f"gru_cell: x must be [B, I], got {list(x.shape)}")
     if h.dim() != 2:
         raise ValueError(f"gru_cell: h must be [B, H], got {list(h.shape)}")
-    (B, I), H = x.shape, h.shape[1]
-    expected = {"h": (h, (B, H)), "w_ih": (w_ih, (3 * H, I)), "w_hh": (w_hh, (3 * H, H))}
+    (B, inputs), H = x.shape, h.shape[1]
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "h": (h, (B, H)),
+        "w_ih": (w_ih, (3 * H, inputs)),
+        "w_hh": (w_hh, (3 * H, H)),
+    }
     if b_ih is not None:
         expected["b_ih"] = (b_ih, (3 * H,))
     if b_hh is not None:

@@ -31,16 +31,14 @@ def gru_gates(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     return n + z * (h - n)
 
 
-def gru_gates_bwd(
-    grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def gru_gates_bwd(grad: Tensor, gi: Tensor, gh: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gru_gates`; `g` is the gradient `[B, H]` of its result.
 
         δn = g ⊙ (1 - z) ⊙ (1 - n²)           δr = δn ⊙ gh_n ⊙ r ⊙ (1 - r)
         δz = g ⊙ (h - n) ⊙ z ⊙ (1 - z)        δh = g ⊙ z
 
     Returns:
-        `d_gi = (δr, δz, δn)` `[B, 3H]`, `d_gh = (δr, δz, δn ⊙ r)` `[B, 3H]` and `d_h = δh` `[B, H]`.
+        `d_gi = (δr, δz, δn)` `[B, 3H]`, `d_gh = (δr, δz, δn ⊙ r)` `[B, 3H]`, `d_h = δh` `[B, H]`.
     """
     i_r, i_z, i_n = gi.chunk(3, -1)
     h_r, h_z, h_n = gh.chunk(3, -1)

@@ -2,8 +2,8 @@
 
 Every operator declares its variants in order of preference. `"auto"` takes the first that fits the
 device and dtype at hand and says once, in one line, when that is not the one preferred there. A
-forced backend (the `backend=` argument, `use_backend`, or the environment variable DIWA_BACKEND) that
-cannot run raises with the reason.
+forced backend (the `backend=` argument, `use_backend`, or the environment variable DIWA_BACKEND)
+that cannot run raises with the reason.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,9 +73,7 @@ def reference() -> Variant:
     return Variant("reference", ("cpu", "cuda"), FLOATS)
 
 
-def native(
-    backend: str, op: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-) -> Variant:
+def native(backend: str, op: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Variant:
     """A C++ (`"cpu"`) or CUDA (`"cuda"`) implementation of the torch operator `diwa::<op>`."""
     library = f"libdiwa_{backend}.so"
     missing = LOAD_ERRORS.get(library, "")
@@ -90,11 +89,14 @@ def triton(module: str, dtypes: tuple[torch.dtype, ...]) -> Variant:
     Under TRITON_INTERPRET=1 it also takes CPU tensors when it is forced.
     """
     missing = ""
+    kernels = importlib.util.find_spec("diwa.kernels")
     if importlib.util.find_spec("triton") is None:
         missing = "triton is not installed; `pip install triton`"
-    elif importlib.util.find_spec("diwa.kernels") is None:
+    elif kernels is None:
         missing = "diwa.kernels is not there; install diwa instead of importing its source folder"
-    elif importlib.util.find_spec(f"diwa.kernels.{module}") is None:
+    elif not any(
+        (Path(p) / f"{module}.py").exists() for p in kernels.submodule_search_locations or ()
+    ):
         missing = f"diwa.kernels.{module} is not there"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return Variant("triton", ("cuda",), dtypes, missing, ("cpu",) if interpreted else ())
