@@ -1,4 +1,4 @@
-"""All eight skills, before and after fine-tuning in imagination -> benchmarks/results/skills_state.json.
+"""All eight skills before and after imagined fine-tuning -> benchmarks/results/skills_state.json.
 
 One run folder holds the play and the world model (`base`), one more per skill and seed uses them
 through `from_run`. Stages can be run alone, on different machines; finished phases are skipped::
@@ -25,7 +25,6 @@ from typing import Any
 
 from diwa.config import PRESETS, Config
 from diwa.envs.tasks import TASKS
-from diwa.info import versions
 from diwa.run import RunFolder
 from diwa.stats import wilson_interval
 

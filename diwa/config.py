@@ -1,4 +1,4 @@
-"""Every hyper-parameter of diwa: frozen dataclasses and the presets `tiny`, `small`, `medium`, `paper`.
+"""Every hyper-parameter of diwa: frozen dataclasses and the presets tiny, small, medium, paper.
 
 Letters are those of `diwa.__doc__`. Defaults are the `small` preset (state observations, two CPU
 cores); the numbers of the paper are in `PRESETS["paper"]`.
@@ -357,4 +357,6 @@ _PAPER = Config(
     evaluate=EvaluateConfig(episodes=100),
 )
 
-PRESETS = types.MappingProxyType({"tiny": _TINY, "small": Config(), "medium": _MEDIUM, "paper": _PAPER})
+PRESETS = types.MappingProxyType(
+    {"tiny": _TINY, "small": Config(), "medium": _MEDIUM, "paper": _PAPER}
+)
