@@ -46,8 +46,8 @@ WRIST_VIEW = np.array(
 )
 # Finger boxes in the finger's frame (5.84 cm below the hand): x and z edges, y from the pad outward.
 _FINGER_BOXES = (
-    ((0.020, 0.022, 0.052), (0.0, 0.0135, 0.026)),
-    ((0.016, 0.010, 0.056), (0.0, 0.0055, 0.0736)),
+    ((0.020, 0.022, 0.045), (0.0, 0.0135, 0.0225)),
+    ((0.029, 0.0175, 0.0616), (0.0, 0.00925, 0.0658)),
 )
 
 

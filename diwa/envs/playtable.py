@@ -35,6 +35,7 @@ JOINTS = ("slide", "drawer", "button", "switch")  # order of scene_obs[0:4]
 BUTTON_PRESSED = 0.01
 SWITCH_ON = 0.044
 FIXTURE_FORCE = 4.0
+SOLVER_RESIDUAL = 1e-5  # ends the 50 solver rounds early: a third faster, same rollouts within mm
 _STATIC_EYE = (2.871459, -2.166602, 2.555160)
 _STATIC_TARGET = (-0.026242, -0.030233, 0.392000)
 _STATIC_UP = (0.404140, 0.226298, 0.886262)
@@ -98,8 +99,8 @@ class PlayTable(gym.Env):
         self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
         box = gym.spaces.Box
         spaces: dict[str, gym.Space] = {
-            "robot_obs": box(-10.0, 10.0, (15,), np.float32),
-            "scene_obs": box(-100.0, 100.0, (24,), np.float32),
+            "robot_obs": box(-np.inf, np.inf, (15,), np.float32),
+            "scene_obs": box(-np.inf, np.inf, (24,), np.float32),
         }
         if cameras:
             shape = (image_size, image_size, 3)
@@ -116,17 +117,26 @@ class PlayTable(gym.Env):
 
     def _build(self) -> None:
         p, client = bullet, self._client
-        p.setPhysicsEngineParameter(deterministicOverlappingPairs=1, physicsClientId=client)
+        p.setPhysicsEngineParameter(
+            deterministicOverlappingPairs=1, solverResidualThreshold=SOLVER_RESIDUAL,
+            physicsClientId=client,
+        )  # fmt: skip
         p.setTimeStep(TIME_STEP, physicsClientId=client)
         p.setGravity(0.0, 0.0, -9.8, physicsClientId=client)
         folder = os.path.join(pybullet_data.getDataPath(), "franka_panda")
         self.robot = Panda(p, client, _write_once("panda", panda_urdf(folder)))
-        self._table = p.loadURDF(
-            _write_once("table", model.table_urdf()), useFixedBase=True, physicsClientId=client
+        self._furniture, self._table = (
+            p.loadURDF(_write_once(name, text), useFixedBase=True, physicsClientId=client)
+            for name, text in (
+                ("furniture", model.furniture_urdf()),
+                ("fixtures", model.fixtures_urdf()),
+            )
         )
         count = p.getNumJoints(self._table, physicsClientId=client)
         infos = [p.getJointInfo(self._table, i, physicsClientId=client) for i in range(count)]
         self._link = {info[12].decode(): info[0] for info in infos}
+        for index in self._link.values():  # handles run through slots that the boxes do not have
+            p.setCollisionFilterPair(self._furniture, self._table, -1, index, 0, client)
         self._joint_ids = [self._link[name] for name in JOINTS]
         for name, index in self._link.items():
             if name == "button":
@@ -249,41 +259,43 @@ class PlayTable(gym.Env):
         self._pressed = bool(scene[BUTTON] > BUTTON_PRESSED)
         self.robot.reset(robot[7:14], robot[6], robot[14])
         p.stepSimulation(physicsClientId=client)
+        self._read_fixtures()
 
     def _update_lamps(self) -> None:
-        states = bullet.getJointStates(self._table, self._joint_ids, physicsClientId=self._client)
-        self._fixtures = [s[0] for s in states]
-        self._lamps[0] = float(self._fixtures[3] > SWITCH_ON)
-        pressed = self._fixtures[2] > BUTTON_PRESSED
+        """Bulb follows the switch; each new press of the button flips the LED. Once per step."""
+        _, _, button, switch = self._read_fixtures()
+        self._lamps[0] = float(switch > SWITCH_ON)
+        pressed = button > BUTTON_PRESSED
         if pressed and not self._pressed:
             self._lamps[1] = 1.0 - self._lamps[1]
         self._pressed = pressed
 
-    def fixtures(self) -> NDArray[np.float64]:
-        """Joints ``[4]``: slide, drawer, button, switch (m)."""
+    def _read_fixtures(self) -> list[float]:
         states = bullet.getJointStates(self._table, self._joint_ids, physicsClientId=self._client)
-        return np.array([s[0] for s in states])
+        self._fixtures = [s[0] for s in states]
+        return self._fixtures
+
+    def fixtures(self) -> NDArray[np.float64]:
+        """Joints ``[4]`` after the last step: slide, drawer, button, switch (m)."""
+        return np.array(self._fixtures)
 
     def link_position(self, name: str) -> NDArray[np.float64]:
         """World position ``[3]`` (m) of a table link's frame, e.g. ``"drawer"``."""
         state = bullet.getLinkState(self._table, self._link[name], physicsClientId=self._client)
         return np.array(state[4])
 
-    def _scene_obs(self) -> NDArray[np.float64]:
-        scene = np.empty(24)
-        scene[:4] = self.fixtures()
-        scene[4:6] = self._lamps
-        for k, body in enumerate(self._blocks):
+    def _scene_obs(self) -> NDArray[np.float32]:
+        values = [*self._fixtures, *self._lamps]
+        for body in self._blocks:
             pos, quat = bullet.getBasePositionAndOrientation(body, physicsClientId=self._client)
-            scene[6 + 6 * k : 9 + 6 * k] = pos
-            scene[9 + 6 * k : 12 + 6 * k] = bullet.getEulerFromQuaternion(quat)
-        return scene
+            values += pos
+            values += bullet.getEulerFromQuaternion(quat)
+        return np.array(values, np.float32)
 
     def _observation(self) -> dict[str, NDArray]:
-        low, high = -10.0, 10.0
         observation: dict[str, NDArray] = {
-            "robot_obs": np.clip(self.robot.observe(), low, high).astype(np.float32),
-            "scene_obs": np.clip(self._scene_obs(), 10 * low, 10 * high).astype(np.float32),
+            "robot_obs": self.robot.observe().astype(np.float32),
+            "scene_obs": self._scene_obs(),
         }
         if self.cameras:
             size = self.image_size

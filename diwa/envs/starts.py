@@ -43,9 +43,9 @@ def sample_scene(task: str, rng: np.random.Generator) -> NDArray[np.float32]:
         scene[LED] = float(task == "turn_off_led")
     scene[SWITCH] = JOINT_UPPER["switch"] if scene[BULB] else 0.0
     for k, slot in enumerate(BLOCK_SLOTS):
-        spread = 0.01 if k < 2 else 0.005  # the pink block's shelf is narrow
+        low, high = (-0.01, 0.01) if k < 2 else (0.0, 0.005)  # the shelf is narrow
         scene[6 + 6 * k : 9 + 6 * k] = slot
-        scene[6 + 6 * k : 8 + 6 * k] += rng.uniform(-spread, spread, 2)
+        scene[6 + 6 * k : 8 + 6 * k] += rng.uniform(low, high, 2)
         scene[11 + 6 * k] = np.pi / 2 + rng.uniform(-np.pi / 8, np.pi / 8)
     return scene.astype(np.float32)
 

@@ -84,6 +84,7 @@ BASE = Link(
     (0.0, 0.0, 0.0),
     (
         _box((-0.44, -0.18, 0.42), (0.44, 0.18, 0.44), WOOD),  # table top
+        _box((-0.38, 0.05, 0.44), (0.18, 0.165, 0.441), WOOD),  # shelf behind the door
         _box((-0.44, -0.18, 0.34), (-0.02, -0.165, 0.42), PANEL),  # front, left of the drawer
         _box((0.38, -0.18, 0.34), (0.44, -0.165, 0.42), PANEL),
         _box((-0.44, -0.165, 0.34), (-0.42, 0.18, 0.42), PANEL),  # sides and back
@@ -114,6 +115,7 @@ def _shift(part: Part, by: tuple[float, float, float]) -> Part:
 
 
 BASE = BASE._replace(parts=tuple(_shift(q, FRONT) if q.rpy == TILT else q for q in BASE.parts))
+ROOT = Link("root", (0.0, 0.0, 0.0), ())
 LINKS: tuple[Link, ...] = (
     Link(
         "button",
@@ -126,9 +128,9 @@ LINKS: tuple[Link, ...] = (
         "switch",
         (0.30, 0.061, 0.495),
         (
-            _box((-0.06, -0.057, 0.012), (0.06, -0.037, 0.050), DARK),
-            _box((-0.06, -0.037, 0.012), (-0.04, 0.02, 0.050), DARK),
-            _box((0.04, -0.037, 0.012), (0.06, 0.02, 0.050), DARK),
+            _box((-0.06, -0.051, 0.020), (0.06, -0.037, 0.044), DARK),
+            _box((-0.06, -0.037, 0.020), (-0.04, 0.02, 0.044), DARK),
+            _box((0.04, -0.037, 0.020), (0.06, 0.02, 0.044), DARK),
         ),
         UP_SLOPE,
         0.088,
@@ -137,11 +139,12 @@ LINKS: tuple[Link, ...] = (
         "slide",
         (-0.10, 0.075, 0.535),
         (
-            _slope_box((0.0, 0.28), (-0.108, 0.103), (-0.015, 0.0), PANEL),
-            *_handle_slope((0.12, 0.16), (-0.076, 0.076), (0.05, 0.07), 0.02, along_x=False),
+            _slope_box((0.0, 0.28), (-0.105, 0.103), (0.001, 0.006), PANEL),
+            *_handle_slope((0.122, 0.162), (-0.076, 0.076), (0.05, 0.07), 0.02, along_x=False),
         ),
         (-1.0, 0.0, 0.0),
         0.28,
+        2.0,
     ),
     Link(
         "drawer",
@@ -217,24 +220,32 @@ def _link_xml(link: Link) -> str:
     return "".join(rows) + "</link>"
 
 
-def table_urdf() -> str:
-    """The table as a URDF text: a base, four prismatic joints and the fixed lamps and button ring.
+def furniture_urdf() -> str:
+    """Everything that never moves, as a URDF text with one link.
 
-    Joints carry their link's name: ``button``, ``switch``, ``slide``, ``drawer`` (ranges in
-    ``JOINT_UPPER``), ``led``, ``light``, ``button_base``.
+    A body of its own: contacts of the blocks then do not involve the joints of the fixtures.
     """
-    rows = ['<?xml version="1.0"?>', '<robot name="play_table">', _link_xml(BASE)]
+    return f'<?xml version="1.0"?>\n<robot name="furniture">{_link_xml(BASE)}</robot>\n'
+
+
+def fixtures_urdf() -> str:
+    """Everything that moves or lights up, as a URDF text.
+
+    Joints carry their link's name: prismatic ``button``, ``switch``, ``slide`` and ``drawer``
+    (ranges in ``JOINT_UPPER``), fixed ``led``, ``light`` and ``button_base``.
+    """
+    rows = ['<?xml version="1.0"?>', '<robot name="fixtures">', _link_xml(ROOT)]
     for link in LINKS:
         rows.append(_link_xml(link))
         kind = "fixed" if link.axis is None else "prismatic"
-        motion = (
-            ""
-            if link.axis is None
-            else f'<axis xyz="{_numbers(link.axis)}"/>'
-            f'<limit lower="0" upper="{link.upper}" effort="100" velocity="10"/>'
-        )
+        motion = ""
+        if link.axis is not None:
+            motion = (
+                f'<axis xyz="{_numbers(link.axis)}"/>'
+                f'<limit lower="0" upper="{link.upper}" effort="100" velocity="10"/>'
+            )
         rows.append(
-            f'<joint name="{link.name}" type="{kind}"><parent link="base"/>'
+            f'<joint name="{link.name}" type="{kind}"><parent link="root"/>'
             f'<child link="{link.name}"/><origin xyz="{_numbers(link.origin)}"/>{motion}</joint>'
         )
     return "\n".join([*rows, "</robot>", ""])
