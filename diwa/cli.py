@@ -151,7 +151,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _overview() -> str:
     lines = [
-        "usage: diwa COMMAND [--preset tiny|small|paper] [--task TASK] [--run-dir DIR] [...]",
+        f"usage: diwa COMMAND [--preset {'|'.join(PRESETS)}] [--task TASK] [--run-dir DIR] ...",
         "",
         "Improves a robot's diffusion policy by reinforcement learning in a learned world model.",
         "",
