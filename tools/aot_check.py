@@ -48,7 +48,7 @@ class FakeHopper:
 
 
 def resources(cubin):
-    """(registers, stack bytes, local bytes) of a compiled kernel; spilled values are on the stack."""
+    """(registers, stack bytes, local bytes) of a compiled kernel; spills are on the stack."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

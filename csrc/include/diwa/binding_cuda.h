@@ -17,7 +17,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   }();
   STD_TORCH_CHECK(fn, "diwa: this torch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(fn(t.get_device_index(), &stream));
+  STD_TORCH_CHECK(!fn(t.get_device_index(), &stream), "diwa: torch gave no CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
