@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -65,17 +66,20 @@ def draw_windows(
     length: int,
     count: int,
     rng: np.random.Generator,
+    *,
+    need_both: bool = True,
 ) -> Windows:
     """Up to `count` windows, half of them solved; the rest are misses and other behaviour.
 
     Raises:
-        StoreError: the play never solves, or never fails, the task.
+        StoreError: the play never solves, or never fails, the task (with `need_both` off: it has
+            no window at all).
     """
     places = candidate_windows(episodes, task, start_value, length)
     chosen: list[tuple[int, int]] = []
     for solved in (True, False):
         group = [(i, t) for i, t, s in places if s == solved]
-        if not group:
+        if not group and (need_both or not places):
             raise StoreError(
                 f"the play holds no {'solved' if solved else 'failed'} window of {task}; "
                 "collect more play (--collect.play-transitions)"
@@ -207,10 +211,18 @@ def train_reward(config: Config, run: RunFolder) -> dict:
         meta = {"config": to_dict(c), "task": config.task, "feature_dim": model.feature_dim}
         save_classifier(phase.dir, classifier, meta)
         classifier.requires_grad_(False)
-        test = draw_windows(
-            [episodes[i] for i in held], config.task, bounds, length, c.windows, rng
-        )
-        report = reward_report(config, model, ClassifierSuccess(classifier, c.threshold), test)
+        report = {}
+        with contextlib.suppress(StoreError):  # little play may leave nothing to report on
+            test = draw_windows(
+                [episodes[i] for i in held],
+                config.task,
+                bounds,
+                length,
+                c.windows,
+                rng,
+                need_both=False,
+            )
+            report = reward_report(config, model, ClassifierSuccess(classifier, c.threshold), test)
         return phase.finish({"windows": windows.label.shape[1], **report})
 
 
