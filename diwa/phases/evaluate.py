@@ -129,11 +129,11 @@ def evaluate_agent(
             )
             actions = slots.act(robot, scene)
             obs, reward, terminated, truncated, _ = envs.step(actions)
-            for i in np.flatnonzero(over):  # this step was the reset of a finished episode
+            for i in np.flatnonzero(over).tolist():  # this step was the reset of a finished episode
                 position[i] = min(position[i] + 1, len(shares[i]) - 1)
                 slots.begin(i, shares[i][position[i]])
             ended = (terminated | truncated) & ~over
-            for i in np.flatnonzero(ended):
+            for i in np.flatnonzero(ended).tolist():
                 start = shares[i][position[i]]
                 if not finished[start]:
                     success[start], finished[start] = reward[i] > 0, True

@@ -149,9 +149,7 @@ class Finetuner:
         chain = self.base.sample(feature, noise, ft_steps=kf, explore=True).chain
         return -chunk_log_prob(self.actor.chain_log_prob(feature, chain)).mean()
 
-    def _minibatch(
-        self, batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], train_actor: bool
-    ) -> dict[str, Tensor]:
+    def _minibatch(self, batch: tuple[Tensor, ...], train_actor: bool) -> dict[str, Tensor]:
         feature, chain, old, advantage, returns = batch
         c = self.config
         new = chunk_log_prob(self.actor.chain_log_prob(feature, chain))

@@ -95,8 +95,9 @@ class Pretrainer:
         loss.backward()
         self.optimizer.step()
         decay = min(self.config.ema_decay, step / (step + 10))
-        averaged, current = list(self.average.parameters()), list(self.policy.parameters())
-        torch._foreach_lerp_(averaged, [p.detach() for p in current], 1 - decay)
+        averaged: list[Tensor] = list(self.average.parameters())
+        current = [p.detach() for p in self.policy.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
         return loss.detach()
 
 
