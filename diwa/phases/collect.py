@@ -19,7 +19,7 @@ TRAIN_STARTS, VALIDATION_STARTS, TEST_STARTS = 1_000_000, 2_000_000, 3_000_000
 def save_starts(path: Path, starts: dict[str, np.ndarray]) -> None:
     """Write start observations `robot_obs [n, 15]`, `scene_obs [n, 24]` atomically."""
     partial = path.with_name(f".{path.name}.partial.npz")
-    np.savez(partial, allow_pickle=False, **starts)
+    np.savez(partial, **starts)  # type: ignore[arg-type]
     partial.replace(path)
 
 
