@@ -12,8 +12,6 @@ from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState, sample_onehot
 from diwa.nn.world_model import WorldModel
 
-torch.set_num_threads(1)
-
 N, P, L, S, C = 5, 4, 4, 3, 4
 CONFIG = WorldModelConfig(
     deter_dim=16, stoch_groups=S, stoch_classes=C, hidden_dim=16, embed_dim=16, mlp_dim=16

@@ -11,8 +11,6 @@ from diwa.nn.world_model import WorldModel
 from diwa.phases.finetune import Finetuner
 from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_loss
 
-torch.set_num_threads(1)
-
 DISCOUNT = [0.91352, 0.92274, 0.93207, 0.94148, 0.95099, 0.96060, 0.97030, 0.98010, 0.99, 1]
 CLIP = [0.001, 0.001187, 0.001447, 0.00181, 0.002317, 0.003025, 0.004013, 0.005391, 0.007315, 0.01]
 

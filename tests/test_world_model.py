@@ -12,8 +12,6 @@ from diwa.nn.world_model import WorldModel
 from diwa.phases.open_loop import open_loop_report
 from diwa.phases.world_model import Trainer, learning_rate
 
-torch.set_num_threads(1)
-
 SMALL = WorldModelConfig(
     deter_dim=32, stoch_groups=4, stoch_classes=4, hidden_dim=32, embed_dim=16, mlp_dim=32
 )
@@ -189,7 +187,6 @@ def test_training_is_deterministic():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_captured_training_is_eager_training():
     """The CUDA graph must go on from the same weights, optimizer and carried state."""
     captured = Trainer(SMALL, slider_play(4, 30, 0), seed=3, device="cuda")
