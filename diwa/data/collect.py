@@ -1,8 +1,8 @@
-"""Recording in PlayTable: unscripted-looking play for the world model, demonstrations for the policy.
+"""Recording in PlayTable: play for the world model, demonstrations for the policy.
 
-Play must contain failures. A policy that is fine-tuned inside the world model finds every place where
-the model has only ever seen success, so about half of the attempts here miss, slip, stop half way or
-come from the wrong side, and much of the time is spent touching the handles.
+Play must contain failures. A policy that is fine-tuned inside the world model finds every place
+where the model has only ever seen success, so about half of the attempts here miss, slip, stop half
+way or come from the wrong side, and much of the time is spent touching the handles.
 
 Every episode draws from its own seed, so what is recorded does not depend on the number of workers.
 """
@@ -89,7 +89,7 @@ def _attempt(recorder: _Recorder, rng: np.random.Generator) -> None:
     if rng.random() < GOOD_SHARE:
         style["aim_error"] = rng.uniform(-0.01, 0.01, 3)
     else:
-        # Misses on every axis; now and then only one of them is wrong, so that near misses are seen.
+        # Misses on every axis, or on some of them only, so that near misses are seen.
         axes = rng.random(3) < rng.choice([0.4, 1.0])
         style["aim_error"] = rng.uniform(-0.045, 0.045, 3) * axes
         style["travel"] = float(rng.choice([1.0, rng.uniform(0.2, 1.0), rng.uniform(1.0, 1.3)]))

@@ -1,4 +1,4 @@
-"""Scripted experts for the eight skills: waypoints in the table's frame, followed by relative actions.
+"""Scripted experts for the eight skills: waypoints at the handles, followed by relative actions.
 
 The same follower makes demonstrations and play: aim errors, tilts, shortened strokes, pauses and
 noise turn an expert into somebody who misses, slips and gives up.
@@ -27,7 +27,7 @@ LEAN_ON, LEAN_OFF = 0.3, 0.5  # rad towards the table: a straight tool cannot re
 
 
 class Waypoint(NamedTuple):
-    """A tool pose to reach: position (m), Euler angles (rad), tolerance of the measured tool (m)."""
+    """A tool pose to reach: position (m), Euler angles (rad), tolerance of the tool's place (m)."""
 
     pos: NDArray[np.float64]
     euler: NDArray[np.float64]
@@ -47,7 +47,7 @@ def _button(env: PlayTable, travel: float) -> tuple[list, list]:
 
 def _drawer(env: PlayTable, travel: float, opening: bool) -> tuple[list, list]:
     joint = env.fixtures()[1]
-    # The bar spans 24 to 26 cm in front of the link: dip 21.5 cm (behind it) or 31.5 cm (before it).
+    # The bar spans 24 to 26 cm before the link: dip at 21.5 cm (behind it) or 31.5 cm.
     dip = env.link_position("drawer") + [0.0, -0.215 if opening else -0.315, 0.045]
     stroke = -(0.23 - joint) if opening else joint + 0.04
     end = dip + [0.0, stroke * travel, 0.0]
@@ -79,8 +79,8 @@ def _switch_off(env: PlayTable, travel: float) -> tuple[list, list]:
     up, joint = np.array(UP_SLOPE), env.fixtures()[3]
     lean = _lean(LEAN_OFF)
     tool = np.array([0.0, np.sin(LEAN_OFF), -np.cos(LEAN_OFF)])
-    top = np.array([0.30, 0.02, 0.545]) + up * (joint + 0.02) - 0.02 * tool
-    push = [(top - up * (joint + 0.032) * travel * k / 4, lean) for k in (1, 2, 3, 4)]
+    top = np.array([0.30, 0.03, 0.545]) + up * (joint + 0.02) - 0.02 * tool
+    push = [(top - up * (joint + 0.042) * travel * k / 4, lean) for k in (1, 2, 3, 4)]
     away = (push[-1][0] + [0.0, -0.10, 0.05], lean)
     return [(top + [0, -0.05, 0.03], lean)], [(top, lean), *push, away]
 
@@ -187,7 +187,7 @@ class Expert:
 
 
 def _safe_approach(tcp: NDArray[np.float64], first: tuple) -> list[Waypoint]:
-    """Rise when low, then travel above the first pose: the arm must not sweep across the handles."""
+    """Rise when low, then travel above the first pose: do not sweep across the handles."""
     pos, euler = first
     z = max(SAFE_Z, pos[2])
     way = []

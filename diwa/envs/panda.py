@@ -1,8 +1,8 @@
-"""A Franka Panda with long fingers, driven like CALVIN's: relative motions added to a running target.
+"""A Franka Panda with long fingers, driven like CALVIN's: motions add up to a running target.
 
-The arm is the one that ships with ``pybullet_data`` (Apache-2.0); its description is rewritten when
-first needed: the light collision meshes double as visuals, the fingers become boxes that reach 16 cm
-below the hand, and a tool point (``tcp``, 14 cm below the hand) is added.
+The arm is the one that ships with ``pybullet_data`` (Apache-2.0); its description is rewritten
+when first needed: the light collision meshes double as visuals, the fingers become boxes that end
+15.5 cm below the hand, and a tool point (``tcp``, 14 cm below the hand) is added.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_WIDTH = 0.08
 POS_SCALE, ORN_SCALE = 0.02, 0.05
 ACTION_SCALE = np.array([POS_SCALE] * 3 + [ORN_SCALE] * 3)
 """One unit of each motion number: metres, then radians."""
-# OpenGL camera axes (x right, y up, z back) and origin of the wrist camera, seen from the tcp frame.
+# View matrix of the wrist camera in the tcp frame (OpenGL axes: x right, y up, z back).
 WRIST_VIEW = np.array(
     [
         [-0.0008, 1.0, 0.0, -0.0001],
@@ -44,25 +44,37 @@ WRIST_VIEW = np.array(
         [0.0, 0.0, 0.0, 1.0],
     ]
 )
-# Finger boxes in the finger's frame (5.84 cm below the hand): x and z edges, y from the pad outward.
-_FINGER_BOXES = (
+# Boxes in the finger's frame (5.84 cm below the hand): edges and centre, y from the pad outward.
+# What touches is one block per finger, as wide as CALVIN's fingers where they meet the handles;
+# what is seen tapers towards the tip.
+_FINGER_COLLISION = (
     ((0.020, 0.022, 0.045), (0.0, 0.0135, 0.0225)),
     ((0.029, 0.0175, 0.0616), (0.0, 0.00925, 0.0658)),
+)
+_FINGER_VISUAL = (
+    ((0.022, 0.020, 0.036), (0.0, 0.0130, 0.018)),
+    ((0.020, 0.013, 0.034), (0.0, 0.0085, 0.050)),
+    ((0.018, 0.007, 0.034), (0.0, 0.0045, 0.082)),
 )
 
 
 def _box_elements(tag: str, side: int) -> list[ET.Element]:
     found = []
-    for size, (x, y, z) in _FINGER_BOXES:
+    for size, (x, y, z) in _FINGER_VISUAL if tag == "visual" else _FINGER_COLLISION:
         element = ET.Element(tag)
         ET.SubElement(element, "origin", xyz=f"{x} {side * y} {z}", rpy="0 0 0")
         geometry = ET.SubElement(element, "geometry")
         ET.SubElement(geometry, "box", size=" ".join(map(str, size)))
-        if tag == "visual":
-            material = ET.SubElement(element, "material", name="finger")
-            ET.SubElement(material, "color", rgba="0.85 0.85 0.85 1")
         found.append(element)
     return found
+
+
+def _pedestal() -> ET.Element:
+    element = ET.Element("visual")
+    ET.SubElement(element, "origin", xyz=f"0 0 {-BASE_POSITION[2] / 2}", rpy="0 0 0")
+    geometry = ET.SubElement(element, "geometry")
+    ET.SubElement(geometry, "cylinder", radius="0.13", length=str(BASE_POSITION[2]))
+    return element
 
 
 def panda_urdf(franka_folder: str | os.PathLike[str]) -> str:
@@ -83,6 +95,9 @@ def panda_urdf(franka_folder: str | os.PathLike[str]) -> str:
             for old in link.findall(tag):
                 link.remove(old)
             link.extend(_box_elements(tag, side))
+    base = root.find("link[@name='panda_link0']")
+    assert base is not None
+    base.append(_pedestal())
     tcp = root.find("joint[@name='panda_grasptarget_hand']/origin")
     assert tcp is not None
     tcp.set("xyz", "0 0 0.14")
@@ -118,7 +133,8 @@ class Panda:
     def reset(self, joints: ArrayLike, width: float, gripper_action: float) -> None:
         """Puts the arm at ``joints`` ``[7]`` (rad), fingers ``width`` apart (m), target re-read."""
         half = float(np.clip(width, 0.0, MAX_WIDTH)) / 2
-        for index, value in zip((*ARM, *FINGERS), (*np.asarray(joints, float), half, half)):
+        goal = (*np.asarray(joints, float), half, half)
+        for index, value in zip((*ARM, *FINGERS), goal, strict=True):
             self._p.resetJointState(self.body, index, value, 0.0, physicsClientId=self._client)
         self.gripper_action = 1.0 if gripper_action >= 0 else -1.0
         self._command(np.asarray(joints, float), (half, half), 200.0)
@@ -169,7 +185,7 @@ class Panda:
         self._command(joints, (half, half), 2.0 if opening else 200.0)
 
     def observe(self) -> NDArray[np.float64]:
-        """robot_obs ``[15]``: tcp xyz, tcp Euler xyz, finger width, seven joints, gripper action."""
+        """robot_obs ``[15]``: tcp xyz, its Euler xyz, finger width, joints, gripper action."""
         pos, quat = self._tcp_state()
         states = self._p.getJointStates(self.body, (*ARM, *FINGERS), physicsClientId=self._client)
         q = [s[0] for s in states]

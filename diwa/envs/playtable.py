@@ -1,15 +1,18 @@
 """PlayTable: an embedded PyBullet stand-in for CALVIN's scene D, as a Gymnasium environment.
 
 Same numbers in and out as CALVIN: 15-d ``robot_obs``, 24-d ``scene_obs``, 7-d relative actions at
-30 Hz (eight physics steps of 1/240 s each), the same eight skills. No asset files: the table is made
-of boxes, the arm comes with PyBullet. Needs ``pip install "diwa[sim]"``.
+30 Hz (eight physics steps of 1/240 s each), the same eight skills. No asset files: the table is
+made of boxes, the arm comes with PyBullet. Needs ``pip install "diwa[sim]"``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,31 @@ from diwa.envs import table_model as model
 from diwa.envs.panda import Panda, panda_urdf
 from diwa.envs.tasks import BUTTON, TASKS, check_task, task_success
 
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Sends both output streams, C code included, to nowhere: PyBullet announces its build date."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(fd) for fd in (1, 2)]
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for fd in (1, 2):
+            os.dup2(sink, fd)
+        yield
+    finally:
+        for fd, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, fd)
+            os.close(old)
+        os.close(sink)
+
+
 try:
-    import gymnasium as gym
-    import pybullet as bullet
-    import pybullet_data
-except ImportError as error:  # pragma: no cover - depends on the installation
+    with _quiet():
+        import gymnasium as gym
+        import pybullet as bullet
+        import pybullet_data
+except ImportError as error:
     raise ImportError(
         f'the embedded simulator needs {error.name}: pip install "diwa[sim]"'
     ) from error
@@ -35,7 +58,9 @@ JOINTS = ("slide", "drawer", "button", "switch")  # order of scene_obs[0:4]
 BUTTON_PRESSED = 0.01
 SWITCH_ON = 0.044
 FIXTURE_FORCE = 4.0
-SOLVER_RESIDUAL = 1e-5  # ends the 50 solver rounds early: a third faster, same rollouts within mm
+# CALVIN runs 50 solver rounds to 1e-7; this is a third faster, and recorded actions move tool and
+# fixtures to the same places within a millimetre.
+SOLVER_ROUNDS, SOLVER_RESIDUAL = 30, 1e-5
 _STATIC_EYE = (2.871459, -2.166602, 2.555160)
 _STATIC_TARGET = (-0.026242, -0.030233, 0.392000)
 _STATIC_UP = (0.404140, 0.226298, 0.886262)
@@ -51,14 +76,17 @@ def env_steps_taken() -> int:
     return _steps_taken
 
 
-def _write_once(name: str, text: str) -> str:
-    """Writes ``text`` under a name that carries its hash (atomically, once) and returns the path."""
-    folder = Path(tempfile.gettempdir()) / f"diwa-playtable-{os.getuid()}"
+def _write_once(name: str, content: str | bytes) -> str:
+    """Writes ``content`` (atomically, once) under a name with its hash and returns the path."""
+    data = content.encode() if isinstance(content, str) else content
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"diwa-playtable-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.urdf"
+    stem, suffix = os.path.splitext(name)
+    path = folder / f"{stem}-{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
     if not path.exists():
         part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(text)
+        part.write_bytes(data)
         os.replace(part, path)
     return str(path)
 
@@ -118,18 +146,19 @@ class PlayTable(gym.Env):
     def _build(self) -> None:
         p, client = bullet, self._client
         p.setPhysicsEngineParameter(
-            deterministicOverlappingPairs=1, solverResidualThreshold=SOLVER_RESIDUAL,
+            deterministicOverlappingPairs=1, numSolverIterations=SOLVER_ROUNDS,
+            solverResidualThreshold=SOLVER_RESIDUAL,
             physicsClientId=client,
         )  # fmt: skip
         p.setTimeStep(TIME_STEP, physicsClientId=client)
         p.setGravity(0.0, 0.0, -9.8, physicsClientId=client)
         folder = os.path.join(pybullet_data.getDataPath(), "franka_panda")
-        self.robot = Panda(p, client, _write_once("panda", panda_urdf(folder)))
+        self.robot = Panda(p, client, _write_once("panda.urdf", panda_urdf(folder)))
         self._furniture, self._table = (
             p.loadURDF(_write_once(name, text), useFixedBase=True, physicsClientId=client)
             for name, text in (
-                ("furniture", model.furniture_urdf()),
-                ("fixtures", model.fixtures_urdf()),
+                ("furniture.urdf", model.furniture_urdf()),
+                ("fixtures.urdf", model.fixtures_urdf()),
             )
         )
         count = p.getNumJoints(self._table, physicsClientId=client)
@@ -150,7 +179,8 @@ class PlayTable(gym.Env):
                     physicsClientId=client,
                 )  # fmt: skip
         self._blocks = [self._add_block(*block) for block in model.BLOCKS.values()]
-        self._add_floor()
+        self._floor = self._add_floor()
+        self._painted = False
         self._lamps = [0.0, 0.0]
         self._lamps_shown: list[float] | None = None
         self._pressed = False
@@ -169,14 +199,33 @@ class PlayTable(gym.Env):
             model.BLOCK_MASS, shape, look, (0, 0, 1), physicsClientId=self._client
         )
 
-    def _add_floor(self) -> None:
+    def _add_floor(self) -> int:
         p, client = bullet, self._client
-        half = [4.0, 4.0, 0.01]
+        half = [model.FLOOR_HALF, model.FLOOR_HALF, 0.01]
         shape = p.createCollisionShape(p.GEOM_BOX, halfExtents=half, physicsClientId=client)
         look = p.createVisualShape(
-            p.GEOM_BOX, halfExtents=half, rgbaColor=(0.93, 0.93, 0.93, 1), physicsClientId=client
+            p.GEOM_BOX, halfExtents=half, rgbaColor=(1, 1, 1, 1), physicsClientId=client
         )
-        p.createMultiBody(0, shape, look, (0, 0, -0.01), physicsClientId=client)
+        return p.createMultiBody(0, shape, look, (0, 0, -0.01), physicsClientId=client)
+
+    def _paint(self) -> None:
+        """Textures, put on with the first picture: state-only environments do without."""
+        p, client = bullet, self._client
+        self._painted = True
+        wood, tiles = (
+            p.loadTexture(_write_once(name, model.tga_bytes(image)), physicsClientId=client)
+            for name, image in (
+                ("wood.tga", model.wood_texture()),
+                ("floor.tga", model.floor_texture()),
+            )
+        )
+        for body, link, texture in (
+            (self._furniture, -1, wood),
+            (self._table, self._link["drawer"], wood),
+            (self._table, self._link["slide"], wood),
+            (self._floor, -1, tiles),
+        ):
+            p.changeVisualShape(body, link, textureUniqueId=texture, physicsClientId=client)
 
     # ------------------------------------------------------------------ gymnasium
 
@@ -185,8 +234,8 @@ class PlayTable(gym.Env):
     ) -> tuple[dict[str, NDArray], dict[str, Any]]:
         """Starts an episode.
 
-        ``options`` may hold ``task``, ``robot_obs`` ``[15]`` (joints, width and gripper action count,
-        the tool pose follows from them) and ``scene_obs`` ``[24]``; what is missing is sampled.
+        ``options`` may hold ``task``, ``robot_obs`` ``[15]`` (joints, width and gripper action
+        count, the tool pose follows from them), ``scene_obs`` ``[24]``; the rest is sampled.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -308,6 +357,8 @@ class PlayTable(gym.Env):
         return observation
 
     def _picture(self, view: list[float], projection: list[float], size: int) -> NDArray[np.uint8]:
+        if not self._painted:
+            self._paint()
         self._show_lamps()
         frame = bullet.getCameraImage(
             size, size, view, projection, renderer=bullet.ER_TINY_RENDERER,

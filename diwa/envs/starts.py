@@ -85,7 +85,7 @@ def sample_robot(env: PlayTable, rng: np.random.Generator) -> NDArray[np.float32
 
 
 def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[str, NDArray]:
-    """A start for ``task``: ``robot_obs`` ``[15]`` and ``scene_obs`` ``[24]`` float32, for ``reset``.
+    """A start for ``task``, for ``reset``: ``robot_obs`` ``[15]``, ``scene_obs`` ``[24]`` float32.
 
     Leaves ``env`` in an undefined state: reset it with what is returned.
     """
@@ -94,7 +94,7 @@ def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[st
 
 
 def make_starts(task: str, n: int, seed: int) -> dict[str, NDArray]:
-    """``n`` starts: ``robot_obs`` ``[n, 15]`` and ``scene_obs`` ``[n, 24]`` float32; same for a seed."""
+    """``n`` starts, the same for a seed: ``robot_obs`` ``[n, 15]``, ``scene_obs`` ``[n, 24]``."""
     from diwa.envs.playtable import PlayTable
 
     env = PlayTable()

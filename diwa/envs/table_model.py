@@ -1,35 +1,39 @@
-"""Geometry of the play table, written as numbers: boxes and cylinders turned into a URDF text.
+"""Geometry of the play table, written as numbers: boxes and cylinders turned into URDF texts.
 
 The measures are those of CALVIN's scene D (its table at scale 0.8, placed at the origin): the x
 axis runs along the table, y away from the robot, z up, all in metres. The upper unit leans back by
-30 degrees, and both the switch and the handles follow that slope.
+30 degrees, and the switch and the door's handle follow that slope. Handles and finger tips were
+fitted until actions recorded in CALVIN move the fixtures here as they did there (within 1 to 5 mm).
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 LEAN = math.pi / 6  # slope of the upper unit's front against the vertical
 UP_SLOPE = (0.0, math.sin(LEAN), math.cos(LEAN))
 TILT = (-LEAN, 0.0, 0.0)  # rpy that turns a box's z axis along UP_SLOPE
-DARK, WOOD, PANEL, SHELF = "dark", "wood", "panel", "shelf"
+FRONT = (0.0, 0.075, 0.535)  # a point of the leaning front
+DARK, WOOD = "dark", "wood"
 COLORS: dict[str, tuple[float, float, float, float]] = {
-    DARK: (0.27, 0.27, 0.27, 1.0),
-    WOOD: (0.66, 0.48, 0.30, 1.0),
-    PANEL: (0.47, 0.34, 0.20, 1.0),
-    SHELF: (0.58, 0.42, 0.26, 1.0),
+    DARK: (0.38, 0.38, 0.38, 1.0),
+    WOOD: (0.72, 0.53, 0.35, 1.0),
+    "groove": (0.50, 0.36, 0.22, 1.0),
     "black": (0.02, 0.02, 0.02, 1.0),
     "white": (1.0, 1.0, 1.0, 1.0),
 }
 LED_COLORS = ((1.0, 1.0, 1.0, 1.0), (0.0, 1.0, 0.0, 1.0))  # off, on
 BULB_COLORS = ((1.0, 1.0, 1.0, 1.0), (1.0, 1.0, 0.0, 1.0))
+FLOOR_HALF, FLOOR_TILE = 4.0, 0.5
 
 
 class Part(NamedTuple):
-    """One solid, placed in its link's frame. ``size``: box edges, or (radius, length), or (radius,)."""
+    """One solid in its link's frame; ``size`` is box edges, (radius, length) or (radius,)."""
 
     shape: str
     size: tuple[float, ...]
@@ -37,10 +41,11 @@ class Part(NamedTuple):
     color: str
     rpy: tuple[float, float, float] = (0.0, 0.0, 0.0)
     collide: bool = True
+    visible: bool = True
 
 
 class Link(NamedTuple):
-    """A link whose frame stands at ``origin`` (world, joint 0) and moves along ``axis`` to ``upper``."""
+    """A link whose frame stands at ``origin`` (world, joint 0) and moves along ``axis``."""
 
     name: str
     origin: tuple[float, float, float]
@@ -57,70 +62,50 @@ def _box(lo: tuple, hi: tuple, color: str, origin: tuple = (0.0, 0.0, 0.0), **kw
     return Part("box", size, mid, color, **kw)
 
 
-def _slope_box(x: tuple, s: tuple, n: tuple, color: str, **kw) -> Part:
-    """A box leaning with the front: x range, s along the slope, n outward from it (link frame)."""
+def _slope_box(x: tuple, s: tuple, n: tuple, color: str, at: tuple = (0.0, 0.0, 0.0), **kw) -> Part:
+    """A box leaning with the front: x range, s along the slope, n outward, all from ``at``."""
     ms, mn = (s[0] + s[1]) / 2, (n[0] + n[1]) / 2
-    y = ms * math.sin(LEAN) - mn * math.cos(LEAN)
-    z = ms * math.cos(LEAN) + mn * math.sin(LEAN)
+    y = at[1] + ms * math.sin(LEAN) - mn * math.cos(LEAN)
+    z = at[2] + ms * math.cos(LEAN) + mn * math.sin(LEAN)
     size = (x[1] - x[0], n[1] - n[0], s[1] - s[0])
     return Part("box", size, ((x[0] + x[1]) / 2, y, z), color, TILT, **kw)
 
 
-def _handle_slope(x: tuple, s: tuple, n: tuple, post: float, along_x: bool) -> tuple[Part, ...]:
-    """A U-shaped handle on the slope: a bar (x, s, n ranges) and two posts back to n = 0."""
-    if along_x:
-        posts = [((x[0], x[0] + post), s), ((x[1] - post, x[1]), s)]
-    else:
-        posts = [(x, (s[0], s[0] + post)), (x, (s[1] - post, s[1]))]
-    return (
-        _slope_box(x, s, n, DARK),
-        *(_slope_box(px, ps, (0.0, n[0]), DARK) for px, ps in posts),
-    )
-
-
-DRAWER0 = (0.18, 0.0, 0.32)
 BASE = Link(
     "base",
     (0.0, 0.0, 0.0),
     (
         _box((-0.44, -0.18, 0.42), (0.44, 0.18, 0.44), WOOD),  # table top
         _box((-0.38, 0.05, 0.44), (0.18, 0.165, 0.441), WOOD),  # shelf behind the door
-        _box((-0.44, -0.18, 0.34), (-0.02, -0.165, 0.42), PANEL),  # front, left of the drawer
-        _box((0.38, -0.18, 0.34), (0.44, -0.165, 0.42), PANEL),
-        _box((-0.44, -0.165, 0.34), (-0.42, 0.18, 0.42), PANEL),  # sides and back
-        _box((0.42, -0.165, 0.34), (0.44, 0.18, 0.42), PANEL),
-        _box((-0.42, 0.165, 0.34), (0.42, 0.18, 0.42), PANEL),
+        _box((-0.44, -0.18, 0.325), (-0.012, -0.165, 0.42), WOOD),  # front beside the drawer
+        _box((0.372, -0.18, 0.325), (0.44, -0.165, 0.42), WOOD),
+        _box((-0.44, -0.165, 0.325), (-0.42, 0.18, 0.42), WOOD),  # sides and back
+        _box((0.42, -0.165, 0.325), (0.44, 0.18, 0.42), WOOD),
+        _box((-0.42, 0.165, 0.325), (0.42, 0.18, 0.42), WOOD),
         *(
-            Part("box", (0.04, 0.04, 0.38), (x, y, 0.17), PANEL, rpy)
-            for x, y, rpy in (
-                (-0.40, -0.14, (0.0, 0.0, 0.0)),
-                (0.40, -0.14, (0.0, 0.0, 0.0)),
-                (-0.40, 0.14, (0.0, 0.0, 0.0)),
-                (0.40, 0.14, (0.0, 0.0, 0.0)),
-            )
+            _box((x - 0.02, y - 0.02, 0.0), (x + 0.02, y + 0.02, 0.33), WOOD)  # legs
+            for x in (-0.41, 0.41)
+            for y in (-0.15, 0.15)
         ),
-        _box((-0.44, 0.165, 0.44), (0.44, 0.18, 0.62), SHELF),  # back of the upper unit
-        _box((-0.44, 0.13, 0.62), (0.44, 0.18, 0.64), WOOD),  # its top
-        *(_slope_box((x, x + 0.06), (-0.11, 0.103), (-0.03, 0.0), PANEL) for x in (-0.44,)),
-        _box((-0.44, 0.10, 0.44), (-0.38, 0.165, 0.62), PANEL),
-        _slope_box((0.18, 0.44), (-0.11, 0.103), (-0.02, 0.0), PANEL),  # panel of the switch
+        _box((-0.44, 0.165, 0.44), (0.44, 0.18, 0.62), WOOD),  # upper unit: back, top, sides
+        _box((-0.44, 0.125, 0.62), (0.44, 0.18, 0.645), WOOD),
+        _slope_box((-0.44, -0.39), (-0.11, 0.10), (-0.07, 0.005), WOOD, FRONT),
+        _box((-0.44, 0.07, 0.44), (-0.39, 0.165, 0.53), WOOD),
+        _box((-0.44, 0.12, 0.53), (-0.39, 0.165, 0.62), WOOD),
+        _slope_box((0.18, 0.44), (-0.11, 0.103), (-0.02, 0.0), WOOD, FRONT),  # switch panel
+        *(
+            _slope_box((x, x + 0.012), (-0.02, 0.08), (0.0, 0.001), "groove", FRONT, collide=False)
+            for x in (0.262, 0.326)  # slots of the switch
+        ),
     ),
 )
-# The slope's parts above are written against a point on the front: (y, z) = (0.075, 0.535).
-FRONT = (0.0, 0.075, 0.535)
-
-
-def _shift(part: Part, by: tuple[float, float, float]) -> Part:
-    return part._replace(xyz=tuple(a + b for a, b in zip(part.xyz, by, strict=True)))
-
-
-BASE = BASE._replace(parts=tuple(_shift(q, FRONT) if q.rpy == TILT else q for q in BASE.parts))
 ROOT = Link("root", (0.0, 0.0, 0.0), ())
+DRAWER = (0.18, 0.0, 0.32)
 LINKS: tuple[Link, ...] = (
     Link(
         "button",
         (-0.12, -0.12, 0.46),
-        (Part("cylinder", (0.036, 0.025), (0.0, 0.0, 0.0125), "black"),),
+        (Part("cylinder", (0.033, 0.025), (0.0, 0.0, 0.0125), "black"),),
         (0.0, 0.0, -1.0),
         0.02,
     ),
@@ -128,9 +113,13 @@ LINKS: tuple[Link, ...] = (
         "switch",
         (0.30, 0.061, 0.495),
         (
-            _box((-0.06, -0.051, 0.020), (0.06, -0.037, 0.044), DARK),
-            _box((-0.06, -0.037, 0.020), (-0.04, 0.02, 0.044), DARK),
-            _box((0.04, -0.037, 0.020), (0.06, 0.02, 0.044), DARK),
+            # What the fingers feel is thinner than what the eye sees: fitted to recorded pushes.
+            _box((-0.06, -0.051, 0.020), (0.06, -0.037, 0.044), DARK, visible=False),
+            _box((-0.06, -0.037, 0.020), (-0.04, 0.02, 0.044), DARK, visible=False),
+            _box((0.04, -0.037, 0.020), (0.06, 0.02, 0.044), DARK, visible=False),
+            _slope_box((-0.06, 0.06), (-0.008, 0.026), (0.036, 0.054), DARK, collide=False),
+            _slope_box((-0.06, -0.04), (-0.008, 0.026), (0.0, 0.036), DARK, collide=False),
+            _slope_box((0.04, 0.06), (-0.008, 0.026), (0.0, 0.036), DARK, collide=False),
         ),
         UP_SLOPE,
         0.088,
@@ -139,25 +128,27 @@ LINKS: tuple[Link, ...] = (
         "slide",
         (-0.10, 0.075, 0.535),
         (
-            _slope_box((0.0, 0.28), (-0.105, 0.103), (0.001, 0.006), PANEL),
-            *_handle_slope((0.122, 0.162), (-0.076, 0.076), (0.05, 0.07), 0.02, along_x=False),
+            _slope_box((0.0, 0.28), (-0.105, 0.103), (0.001, 0.006), WOOD),  # the door
+            _slope_box((0.122, 0.162), (-0.076, 0.076), (0.05, 0.07), DARK),  # bar and posts
+            _slope_box((0.122, 0.162), (-0.076, -0.056), (0.0, 0.05), DARK),
+            _slope_box((0.122, 0.162), (0.056, 0.076), (0.0, 0.05), DARK),
         ),
         (-1.0, 0.0, 0.0),
         0.28,
-        2.0,
+        2.0,  # heavy enough to glide on for 2 cm when the tool leaves, as recorded
     ),
     Link(
         "drawer",
-        DRAWER0,
+        DRAWER,
         (
-            _box((-0.01, -0.18, 0.28), (0.37, -0.165, 0.41), PANEL, DRAWER0),
-            _box((-0.01, -0.165, 0.28), (0.37, 0.12, 0.29), WOOD, DRAWER0),
-            _box((-0.01, -0.165, 0.29), (0.01, 0.12, 0.38), PANEL, DRAWER0),
-            _box((0.35, -0.165, 0.29), (0.37, 0.12, 0.38), PANEL, DRAWER0),
-            _box((0.01, 0.105, 0.29), (0.35, 0.12, 0.38), PANEL, DRAWER0),
-            _box((0.06, -0.26, 0.34), (0.30, -0.24, 0.38), DARK, DRAWER0),
-            _box((0.06, -0.24, 0.34), (0.08, -0.18, 0.38), DARK, DRAWER0),
-            _box((0.28, -0.24, 0.34), (0.30, -0.18, 0.38), DARK, DRAWER0),
+            _box((-0.01, -0.18, 0.305), (0.37, -0.165, 0.415), WOOD, DRAWER),
+            _box((-0.01, -0.165, 0.305), (0.37, 0.12, 0.315), WOOD, DRAWER),
+            _box((-0.01, -0.165, 0.315), (0.01, 0.12, 0.40), WOOD, DRAWER),
+            _box((0.35, -0.165, 0.315), (0.37, 0.12, 0.40), WOOD, DRAWER),
+            _box((0.01, 0.105, 0.315), (0.35, 0.12, 0.40), WOOD, DRAWER),
+            _box((0.06, -0.26, 0.34), (0.30, -0.24, 0.38), DARK, DRAWER),  # bar and posts
+            _box((0.06, -0.24, 0.34), (0.08, -0.18, 0.38), DARK, DRAWER),
+            _box((0.28, -0.24, 0.34), (0.30, -0.18, 0.38), DARK, DRAWER),
         ),
         (0.0, -1.0, 0.0),
         0.22,
@@ -166,17 +157,13 @@ LINKS: tuple[Link, ...] = (
     Link(
         "led",
         (-0.12, 0.16, 0.648),
-        (Part("box", (0.14, 0.05, 0.016), (0.0, 0.0, 0.0), "white"),),
+        (Part("box", (0.16, 0.045, 0.016), (0.0, -0.005, 0.005), "white"),),
     ),
-    Link(
-        "light",
-        (0.30, 0.132, 0.648),
-        (Part("sphere", (0.028,), (0.0, 0.03, 0.03), "white"),),
-    ),
+    Link("light", (0.30, 0.132, 0.648), (Part("sphere", (0.028,), (0.0, 0.03, 0.025), "white"),)),
     Link(
         "button_base",
         (-0.12, -0.12, 0.44),
-        (Part("cylinder", (0.042, 0.02), (0.0, 0.0, 0.01), PANEL),),
+        (Part("cylinder", (0.038, 0.03), (0.0, 0.0, 0.015), WOOD, collide=False),),
     ),
 )
 JOINT_UPPER = {link.name: link.upper for link in LINKS if link.axis is not None}
@@ -210,11 +197,12 @@ def _link_xml(link: Link) -> str:
         '<inertia ixx="0.01" ixy="0" ixz="0" iyy="0.01" iyz="0" izz="0.01"/></inertial>'
     ]
     for part in link.parts:
-        rgba = _numbers(COLORS[part.color])
-        rows.append(
-            f"<visual>{_geometry(part)}"
-            f'<material name="{part.color}"><color rgba="{rgba}"/></material></visual>'
-        )
+        if part.visible:
+            rgba = _numbers(COLORS[part.color])
+            rows.append(
+                f"<visual>{_geometry(part)}"
+                f'<material name="{part.color}"><color rgba="{rgba}"/></material></visual>'
+            )
         if part.collide:
             rows.append(f"<collision>{_geometry(part)}</collision>")
     return "".join(rows) + "</link>"
@@ -249,3 +237,30 @@ def fixtures_urdf() -> str:
             f'<child link="{link.name}"/><origin xyz="{_numbers(link.origin)}"/>{motion}</joint>'
         )
     return "\n".join([*rows, "</robot>", ""])
+
+
+def wood_texture(size: int = 96) -> NDArray[np.uint8]:
+    """A grain along x in shades of grey, uint8 ``[size, size, 3]``; multiplies the part's color."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[0 : 1 : 1j * size, 0 : 1 : 1j * size]
+    grain = np.zeros((size, size))
+    for k in range(1, 6):
+        bend = 0.3 * np.sin(2 * np.pi * (x * rng.integers(1, 3) + rng.random()))
+        waves = rng.integers(2, 6) * k * y + bend + rng.random()
+        grain += 0.8**k * np.sin(2 * np.pi * waves)
+    grain = (grain - grain.min()) / np.ptp(grain)
+    return (255 * (0.72 + 0.28 * grain))[..., None].repeat(3, 2).astype(np.uint8)
+
+
+def floor_texture() -> NDArray[np.uint8]:
+    """Tiles of ``FLOOR_TILE`` metres, one pixel each, uint8 ``[n, n, 3]``."""
+    n = round(2 * FLOOR_HALF / FLOOR_TILE)
+    odd = np.indices((n, n)).sum(0) % 2
+    return np.where(odd[..., None] == 1, 255, 222).repeat(3, 2).astype(np.uint8)
+
+
+def tga_bytes(image: NDArray[np.uint8]) -> bytes:
+    """An uncompressed TGA file, which PyBullet reads. ``image``: uint8 ``[h, w, 3]``."""
+    height, width = image.shape[:2]
+    header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, 24, 0x20)
+    return header + image[..., ::-1].tobytes()
