@@ -26,6 +26,16 @@ def say(message):
     print(f"diwa: {message}", file=sys.stderr)
 
 
+def drop_if_stale(build, args):
+    """Empties a build folder made with another nvcc: CMake would start over and forget `args`."""
+    cache = build / "CMakeCache.txt"
+    wanted = [a for a in args if a.startswith("-DCMAKE_CUDA_COMPILER=")]
+    if wanted and cache.exists():
+        before = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.M)
+        if before and before.group(1) != wanted[0].split("=", 1)[1]:
+            shutil.rmtree(build)
+
+
 def find_nvcc():
     """Path of nvcc, or None: CUDA_HOME, then PATH, then the usual place."""
     for folder in (os.environ.get("CUDA_HOME"), None, "/usr/local/cuda"):
@@ -87,10 +97,12 @@ class CMakeBuild(build_ext):
         # A fixed folder: setuptools' own is a fresh temporary one in editable builds.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         out = build / "out"
+        args = self.cmake_args(out)
+        drop_if_stale(build, args)
         shutil.rmtree(out, ignore_errors=True)  # a library switched off since must not survive
         build.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *self.cmake_args(out)])
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *args])
         subprocess.check_call(["cmake", "--build", str(build), "-j", jobs])
         built = {p.name.split(".")[0]: p for p in out.glob("*.so")}
         for ext in self.extensions:
