@@ -127,6 +127,9 @@ def _train(trainer: Trainer, phase: Phase) -> None:
     device = trainer.model.codec.mean.device
     if extra:
         trainer.carried = RSSMState(extra["h"].to(device), extra["z"].to(device))
+        for group in trainer.optimizer.param_groups:  # loaded on the CPU, a graph would freeze it
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].to(device)
     total = trainer.config.steps
     for step in range(phase.start, total):
         out = trainer.step(step)
