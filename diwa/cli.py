@@ -302,6 +302,8 @@ def open_run(options: Options, first_phase: str) -> RunFolder:
         _check_overwrite(path, runs.differences(saved, to_dict(config)), phases)
         runs.discard(path, phases)
         (path / "config.json").unlink()
+        if phases == list(FUNCTIONS):
+            (path / "versions.json").unlink(missing_ok=True)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     return runs.RunFolder(path, config)
 

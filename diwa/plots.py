@@ -126,6 +126,7 @@ def _finetune(run: RunFolder) -> Any:
     axis.plot([], [], "o", color=OTHER, markersize=4, label="real, validation starts")
     axis.plot([], [], "o", color=REAL, markersize=4, label="real, test starts")
     axis.set_ylim(-0.03, 1.03)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("iteration")
     axis.set_ylabel("success")
     axis.legend(loc="best")
@@ -181,7 +182,7 @@ def _open_loop(run: RunFolder) -> Any:
         axis.plot(steps, entry["model"], color=DREAM, label="world model")
         axis.set_ylim(bottom=0)
         axis.set_title(f"{_label(name)} ({entry['unit']})", loc="left")
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="best")
     axes[-1].set_xlabel("steps ahead")
     return figure
 

@@ -70,7 +70,7 @@ class Progress:
 
     def _note(self, done: int, now: float) -> str:
         steps, seconds = done - (self._first or 0), now - self._began
-        if steps <= 0 or seconds <= 0:
+        if steps <= 0 or seconds < 0.5:
             return self._value
         rate = steps / seconds
         left = max(self.total - done, 0) / rate

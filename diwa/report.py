@@ -18,6 +18,8 @@ from .run import PHASES, RunFolder
 
 NAMES = {"base": "before: cloned from demonstrations", "finetuned": "after: PPO in imagination"}
 
+SUCCESS_HEAD = ("policy", "success", "95 % interval", "episodes")
+
 CAPTIONS = {
     "success.png": "Success in the simulator from starts that no training has seen, with 95 % "
     "Wilson intervals.",
@@ -161,9 +163,10 @@ def facts(numbers: dict[str, Any]) -> list[tuple[str, str]]:
 
 def markdown_table(numbers: dict[str, Any]) -> str:
     """The before/after table and the facts beside it, as Markdown."""
-    lines = [f"| {numbers['task']} | success | 95 % interval | episodes |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in success_rows(numbers)]
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in facts(numbers))])
+    rows = [f"| {' | '.join(row)} |" for row in success_rows(numbers)]
+    head = [f"| {numbers['task']} | success | 95 % interval | episodes |", "|---|---|---|---|"]
+    lines = [*head, *rows, ""] if rows else []
+    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts(numbers))])
 
 
 def print_summary(run: RunFolder) -> None:
@@ -176,13 +179,13 @@ def print_summary(run: RunFolder) -> None:
     from rich.table import Table
 
     table = Table(title=f"{numbers['task']} in the simulator", title_justify="left")
-    table.add_column("policy")
-    for title in ("success", "95 % interval", "episodes"):
-        table.add_column(title, justify="right")
+    for title in SUCCESS_HEAD:
+        table.add_column(title, justify="left" if title == "policy" else "right")
     for row in success_rows(numbers):
         table.add_row(*row)
     console = Console(highlight=False)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for name, value in facts(numbers):
         console.print(f"[dim]{name}[/dim]  {value}")
     console.print(f"[dim]report[/dim]  {run.dir('report') / 'index.html'}", soft_wrap=True)
@@ -202,7 +205,7 @@ def page(numbers: dict[str, Any]) -> str:
         f'<html lang="en"><meta charset="utf-8"><title>{title}</title>',
         f"<style>{_CSS}</style>",
         f"<h1>{title}</h1><p>{html.escape(origin)}</p>",
-        _table(("policy", "success", "95 % interval", "episodes"), success_rows(numbers)),
+        _table(SUCCESS_HEAD, success_rows(numbers)) if numbers["success"] else "",
         _table(None, facts(numbers)),
         *(_figure(name) for name in numbers["files"]),
         "<h2>World model, error at the last step of the prediction</h2>" if open_loop else "",

@@ -60,14 +60,12 @@ class RunFolder:
             raise RunError(f"{self.path} is a file; give another --run-dir")
         else:
             checkpoint.write_json(self.path / "config.json", to_dict(config))
-        self._write_versions()
+        if not (self.path / "versions.json").exists():
+            checkpoint.write_json(self.path / "versions.json", versions(config.device))
 
-    def _write_versions(self) -> None:
-        """Versions of the first session; later sessions with others are listed in it."""
+    def note_versions(self) -> None:
+        """Called when there is work to do: adds this session's versions if they are others."""
         path, now = self.path / "versions.json", versions(self.config.device)
-        if not path.exists():
-            checkpoint.write_json(path, now)
-            return
         first = checkpoint.read_json(path)
         later = first.pop("later", [])
         if now != (later[-1] if later else first):
@@ -157,6 +155,7 @@ class Phase:
                 spent = clock(self.result.get("seconds", 0))
                 print(f"{self.name}  done before, in {spent}", file=sys.stderr)
             return self
+        self.run.note_versions()
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._sweep()

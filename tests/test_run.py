@@ -134,8 +134,9 @@ def test_folder_names_versions(tmp_path):
     assert set(saved) == {"diwa", "commit", "torch", "numpy", "python", "platform", "device"}
     saved["torch"] = "1.0"
     (tmp_path / "versions.json").write_text(json.dumps(saved))
-    open_run(tmp_path)
-    open_run(tmp_path)
+    for _ in range(2):
+        with open_run(tmp_path).phase("reward", 1):
+            pass
     again = json.loads((tmp_path / "versions.json").read_text())
     assert again["torch"] == "1.0"
     assert [v["torch"] for v in again["later"]] == [torch.__version__]
