@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from diwa.phases.collect import TEST_STARTS
 from diwa.run import RunFolder
 from diwa.stats import wilson_interval
 
-ENVS_PER_WORKER = 6
+ENVS_PER_WORKER = 4
 
 
 def task_starts(task: str, n: int, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -108,6 +109,8 @@ def evaluate_agent(
     total, limit = len(starts["robot_obs"]), config.evaluate.max_episode_steps
     count = min(config.evaluate.workers * ENVS_PER_WORKER, total)
     shares = [list(range(i, total, count)) for i in range(count)]
+    # The fork server imports torch and the simulator once, not once per environment.
+    multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
     envs = AsyncVectorEnv(
         [partial(_make_env, config.task, starts, share, limit) for share in shares],
         autoreset_mode=AutoresetMode.NEXT_STEP,
