@@ -36,7 +36,7 @@ _env: PlayTable | None = None  # one per worker process
 
 
 class _Recorder:
-    """Steps an environment and keeps what it saw; ``full`` once ``limit`` actions were taken."""
+    """Steps an environment and keeps what it saw; `full` once `limit` actions were taken."""
 
     def __init__(self, env: PlayTable, start: dict[str, NDArray], limit: int) -> None:
         self.env, self.limit = env, limit
@@ -62,7 +62,7 @@ class _Recorder:
 
 
 def _feasible(scene: NDArray, rng: np.random.Generator) -> list[str]:
-    """Skills that can still be done in ``scene``, one for each fixture."""
+    """Skills that can still be done in `scene`, one for each fixture."""
 
     def either(value: float, low: float, high: float, up: str, down: str) -> str:
         if low < value < high:
@@ -214,7 +214,7 @@ def _ignore_interrupt() -> None:
 
 
 def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
-    """Results in the order of ``jobs``, from this process (workers <= 1) or a spawned pool."""
+    """Results in the order of `jobs`, from this process (workers <= 1) or a spawned pool."""
     if workers <= 1 or len(jobs) <= 1:
         yield from map(function, jobs)
         return
@@ -232,7 +232,7 @@ def collect_play(
         n_transitions: actions in total; episodes last 300 to 600, the last one what is left.
         seed: everything follows from it, whatever the number of workers.
         workers: processes (1: none is started).
-        progress: called with (transitions done, ``n_transitions``).
+        progress: called with (transitions done, `n_transitions`).
 
     Returns:
         Episodes without task and success flags.
@@ -265,10 +265,10 @@ def collect_demos(
     max_steps: int = 72,
     progress: ProgressFn | None = None,
 ) -> list[Episode]:
-    """Records ``n`` successful expert episodes from random starts, with success flags per frame.
+    """Records `n` successful expert episodes from random starts, with success flags per frame.
 
     Args:
-        task: one of ``TASKS``.
+        task: one of `TASKS`.
         n: number of episodes.
         seed: everything follows from it, whatever the number of workers.
         workers: processes (1: none is started).
@@ -276,7 +276,7 @@ def collect_demos(
         jitter: aim error, uniform within +- this many metres (half of it in height).
         steps_after: actions kept after the first success.
         max_steps: longest episode.
-        progress: called with (episodes done, ``n``).
+        progress: called with (episodes done, `n`).
 
     Raises:
         RuntimeError: a start could not be solved in 20 tries.

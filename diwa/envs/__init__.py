@@ -1,6 +1,6 @@
 """Environments: the embedded play table, the adapter over CALVIN, and imagined ones.
 
-Importing this package needs neither PyBullet nor Gymnasium; ``PlayTable`` is loaded when asked for.
+Importing this package needs neither PyBullet nor Gymnasium; `PlayTable` is loaded when asked for.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ def _switch_off(env: PlayTable, travel: float) -> tuple[list, list]:
 
 
 def plan(env: PlayTable, task: str, travel: float = 1.0) -> tuple[list, list]:
-    """Approach and contact poses ``(pos [3] m, euler [3] rad)`` for a skill from the state now.
+    """Approach and contact poses `(pos [3] m, euler [3] rad)` for a skill from the state now.
 
-    ``travel`` scales the stroke: below 1 it stops half way, above 1 it overshoots.
+    `travel` scales the stroke: below 1 it stops half way, above 1 it overshoots.
     """
     check_task(task)
     if task.endswith("_led"):
@@ -101,17 +101,17 @@ def plan(env: PlayTable, task: str, travel: float = 1.0) -> tuple[list, list]:
 
 
 class Expert:
-    """Follows a skill's waypoints, one action at a time, from the present state of ``env``.
+    """Follows a skill's waypoints, one action at a time, from the present state of `env`.
 
-    Use ``for action in expert: env.step(action)``; the pose is read again before every action.
+    Use `for action in expert: env.step(action)`; the pose is read again before every action.
 
     Args:
-        env: a reset ``PlayTable`` (only read here).
-        task: one of ``TASKS``.
+        env: a reset `PlayTable` (only read here).
+        task: one of `TASKS`.
         rng: source of noise and pauses.
         noise: standard deviation added to the six motion numbers (action units).
-        aim_error: offset ``[3]`` (m) of every contact waypoint.
-        tilt: offset ``[3]`` (rad) of the tool's Euler angles.
+        aim_error: offset `[3]` (m) of every contact waypoint.
+        tilt: offset `[3]` (rad) of the tool's Euler angles.
         travel: share of the full stroke; below 1 stops half way, above 1 overshoots.
         pause_prob: chance per step to hold still for 2 to 8 steps.
         speed: largest commanded motion, in action units (0, 1].
@@ -149,7 +149,7 @@ class Expert:
             yield action
 
     def action(self) -> NDArray[np.float32] | None:
-        """The next action ``[7]`` in [-1, 1], or ``None`` when every waypoint is done."""
+        """The next action `[7]` in [-1, 1], or `None` when every waypoint is done."""
         while self._index < len(self.waypoints) and self._reached():
             self._index, self._tries, self._near = self._index + 1, 0, 0
         if self._index >= len(self.waypoints):
@@ -205,7 +205,7 @@ def follow(
     rng: np.random.Generator | None = None,
     gripper: float = -1.0,
 ) -> NDArray[np.float32]:
-    """One action ``[7]`` in [-1, 1] that moves the running target towards ``goal``."""
+    """One action `[7]` in [-1, 1] that moves the running target towards `goal`."""
     robot = env.robot
     gap = np.concatenate([goal.pos - robot.target_pos, wrap_angle(goal.euler - robot.target_euler)])
     motion = np.clip(gap / ACTION_SCALE, -speed, speed)

@@ -1,8 +1,8 @@
 """A Franka Panda with long fingers, driven like CALVIN's: motions add up to a running target.
 
-The arm is the one that ships with ``pybullet_data`` (Apache-2.0); its description is rewritten
+The arm is the one that ships with `pybullet_data` (Apache-2.0); its description is rewritten
 when first needed: the light collision meshes double as visuals, the fingers become boxes that end
-15.5 cm below the hand, and a tool point (``tcp``, 14 cm below the hand) is added.
+15.5 cm below the hand, and a tool point (`tcp`, 14 cm below the hand) is added.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def panda_urdf(franka_folder: str | os.PathLike[str]) -> str:
     """The robot as a URDF text with absolute mesh paths.
 
     Args:
-        franka_folder: ``pybullet_data``'s ``franka_panda`` folder (``panda.urdf`` and ``meshes``).
+        franka_folder: `pybullet_data`'s `franka_panda` folder (`panda.urdf` and `meshes`).
     """
     folder = Path(franka_folder).resolve()
     text = (folder / "panda.urdf").read_text()
@@ -108,8 +108,8 @@ class Panda:
     """The robot in one PyBullet client.
 
     Attributes:
-        target_pos: ``[3]`` running target of the tool point (m, world).
-        target_euler: ``[3]`` its Euler angles xyz (rad), added up componentwise, never wrapped.
+        target_pos: `[3]` running target of the tool point (m, world).
+        target_euler: `[3]` its Euler angles xyz (rad), added up componentwise, never wrapped.
     """
 
     def __init__(self, bullet: Any, client: int, urdf: str) -> None:
@@ -131,7 +131,7 @@ class Panda:
         self.target_euler = np.zeros(3)
 
     def reset(self, joints: ArrayLike, width: float, gripper_action: float) -> None:
-        """Puts the arm at ``joints`` ``[7]`` (rad), fingers ``width`` apart (m), target re-read."""
+        """Puts the arm at `joints` `[7]` (rad), fingers `width` apart (m), target re-read."""
         half = float(np.clip(width, 0.0, MAX_WIDTH)) / 2
         goal = (*np.asarray(joints, float), half, half)
         for index, value in zip((*ARM, *FINGERS), goal, strict=True):
@@ -160,7 +160,7 @@ class Panda:
         return state[0], state[1]
 
     def solve_ik(self, pos: ArrayLike, euler: ArrayLike) -> NDArray[np.float64]:
-        """Joints ``[7]`` (rad, within the Franka's limits) that bring the tool near a pose.
+        """Joints `[7]` (rad, within the Franka's limits) that bring the tool near a pose.
 
         One null-space solve from the present joints; far targets need several moves.
         """
@@ -172,9 +172,9 @@ class Panda:
         return np.clip(found[:7], JOINT_LOW, JOINT_HIGH)
 
     def apply(self, action: NDArray[np.floating]) -> None:
-        """Adds ``action[:6]`` (units of 2 cm and 0.05 rad) to the target and commands the motors.
+        """Adds `action[:6]` (units of 2 cm and 0.05 rad) to the target and commands the motors.
 
-        ``action[6]`` opens (>= 0) or closes the fingers; motors keep their goal for the whole step.
+        `action[6]` opens (>= 0) or closes the fingers; motors keep their goal for the whole step.
         """
         self.target_pos = self.target_pos + action[:3] * POS_SCALE
         self.target_euler = self.target_euler + action[3:6] * ORN_SCALE
@@ -185,7 +185,7 @@ class Panda:
         self._command(joints, (half, half), 2.0 if opening else 200.0)
 
     def observe(self) -> NDArray[np.float64]:
-        """robot_obs ``[15]``: tcp xyz, its Euler xyz, finger width, joints, gripper action."""
+        """robot_obs `[15]`: tcp xyz, its Euler xyz, finger width, joints, gripper action."""
         pos, quat = self._tcp_state()
         states = self._p.getJointStates(self.body, (*ARM, *FINGERS), physicsClientId=self._client)
         q = [s[0] for s in states]
@@ -193,7 +193,7 @@ class Panda:
         return np.array([*pos, *euler, q[7] + q[8], *q[:7], self.gripper_action])
 
     def tcp(self) -> NDArray[np.float64]:
-        """Measured position of the tool point ``[3]`` (m, world)."""
+        """Measured position of the tool point `[3]` (m, world)."""
         return np.array(self._tcp_state()[0])
 
     def wrist_view(self) -> list[float]:

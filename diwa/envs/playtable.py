@@ -1,8 +1,8 @@
 """PlayTable: an embedded PyBullet stand-in for CALVIN's scene D, as a Gymnasium environment.
 
-Same numbers in and out as CALVIN: 15-d ``robot_obs``, 24-d ``scene_obs``, 7-d relative actions at
+Same numbers in and out as CALVIN: 15-d `robot_obs`, 24-d `scene_obs`, 7-d relative actions at
 30 Hz (eight physics steps of 1/240 s each), the same eight skills. No asset files: the table is
-made of boxes, the arm comes with PyBullet. Needs ``pip install "diwa[sim]"``.
+made of boxes, the arm comes with PyBullet. Needs `pip install "diwa[sim]"`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def env_steps_taken() -> int:
 
 
 def _write_once(name: str, content: str | bytes) -> str:
-    """Writes ``content`` (atomically, once) under a name with its hash and returns the path."""
+    """Writes `content` (atomically, once) under a name with its hash and returns the path."""
     data = content.encode() if isinstance(content, str) else content
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"diwa-playtable-{user}"
@@ -95,16 +95,16 @@ class PlayTable(gym.Env):
     """One table, one arm, three blocks, one skill to solve.
 
     Args:
-        task: one of ``TASKS``; ``None`` gives no reward until ``reset(options={"task": ...})``.
-        cameras: add ``rgb_static`` and ``rgb_gripper`` to the observation.
+        task: one of `TASKS`; `None` gives no reward until `reset(options={"task": ...})`.
+        cameras: add `rgb_static` and `rgb_gripper` to the observation.
         image_size: edge of both pictures in pixels.
-        max_episode_steps: steps until ``truncated``.
-        render_mode: ``None`` or ``"rgb_array"``.
+        max_episode_steps: steps until `truncated`.
+        render_mode: `None` or `"rgb_array"`.
 
-    Observation: ``robot_obs`` float32 ``[15]`` and ``scene_obs`` float32 ``[24]`` (metres, radians,
-    lamps 0/1), with cameras also two uint8 ``[size, size, 3]``. Action: float32 ``[7]`` in [-1, 1]:
+    Observation: `robot_obs` float32 `[15]` and `scene_obs` float32 `[24]` (metres, radians,
+    lamps 0/1), with cameras also two uint8 `[size, size, 3]`. Action: float32 `[7]` in [-1, 1]:
     motion in units of 2 cm and 0.05 rad added to the running target, gripper open (>= 0) or closed.
-    Reward 1 and ``terminated`` on success, ``info["success"]`` says the same.
+    Reward 1 and `terminated` on success, `info["success"]` says the same.
 
     Raises:
         ValueError: unknown task, or a state or action of the wrong shape.
@@ -178,7 +178,11 @@ class PlayTable(gym.Env):
                     self._table, index, p.VELOCITY_CONTROL, force=FIXTURE_FORCE,
                     physicsClientId=client,
                 )  # fmt: skip
-        self._blocks = [self._add_block(*block) for block in model.BLOCKS.values()]
+        # Blocks wait where they touch nothing until the first reset puts them down.
+        self._blocks = [
+            self._add_block(*block, place=(2.0 + k, 0.0, 1.0))
+            for k, block in enumerate(model.BLOCKS.values())
+        ]
         self._floor = self._add_floor()
         self._painted = False
         self._lamps = [0.0, 0.0]
@@ -189,15 +193,13 @@ class PlayTable(gym.Env):
         self._wrist_projection = p.computeProjectionMatrixFOV(75.0, 1.0, 0.01, 2.0)
         self._fresh = p.saveState(physicsClientId=client)
 
-    def _add_block(self, size: tuple, color: tuple) -> int:
+    def _add_block(self, size: tuple, color: tuple, place: tuple) -> int:
         p, half = bullet, [edge / 2 for edge in size]
         shape = p.createCollisionShape(p.GEOM_BOX, halfExtents=half, physicsClientId=self._client)
         look = p.createVisualShape(
             p.GEOM_BOX, halfExtents=half, rgbaColor=color, physicsClientId=self._client
         )
-        return p.createMultiBody(
-            model.BLOCK_MASS, shape, look, (0, 0, 1), physicsClientId=self._client
-        )
+        return p.createMultiBody(model.BLOCK_MASS, shape, look, place, physicsClientId=self._client)
 
     def _add_floor(self) -> int:
         p, client = bullet, self._client
@@ -234,8 +236,8 @@ class PlayTable(gym.Env):
     ) -> tuple[dict[str, NDArray], dict[str, Any]]:
         """Starts an episode.
 
-        ``options`` may hold ``task``, ``robot_obs`` ``[15]`` (joints, width and gripper action
-        count, the tool pose follows from them), ``scene_obs`` ``[24]``; the rest is sampled.
+        `options` may hold `task`, `robot_obs` `[15]` (joints, width and gripper action
+        count, the tool pose follows from them), `scene_obs` `[24]`; the rest is sampled.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -275,7 +277,7 @@ class PlayTable(gym.Env):
         return observation, float(success), success, truncated and not success, info
 
     def render(self, size: int = 256) -> NDArray[np.uint8]:
-        """Static camera, uint8 ``[size, size, 3]``."""
+        """Static camera, uint8 `[size, size, 3]`."""
         return self._picture(self._static_view, self._static_projection, size)
 
     def close(self) -> None:
@@ -298,6 +300,8 @@ class PlayTable(gym.Env):
             )
         p, client = bullet, self._client
         p.restoreState(self._fresh, physicsClientId=client)
+        # Contacts of the last episode would otherwise live on between bodies that touch again.
+        p.performCollisionDetection(physicsClientId=client)
         for index, value in zip(self._joint_ids, scene[:4], strict=True):
             p.resetJointState(self._table, index, value, 0.0, physicsClientId=client)
         for body, pose in zip(self._blocks, scene[6:].reshape(3, 6), strict=True):
@@ -325,11 +329,11 @@ class PlayTable(gym.Env):
         return self._fixtures
 
     def fixtures(self) -> NDArray[np.float64]:
-        """Joints ``[4]`` after the last step: slide, drawer, button, switch (m)."""
+        """Joints `[4]` after the last step: slide, drawer, button, switch (m)."""
         return np.array(self._fixtures)
 
     def link_position(self, name: str) -> NDArray[np.float64]:
-        """World position ``[3]`` (m) of a table link's frame, e.g. ``"drawer"``."""
+        """World position `[3]` (m) of a table link's frame, e.g. `"drawer"`."""
         state = bullet.getLinkState(self._table, self._link[name], physicsClientId=self._client)
         return np.array(state[4])
 

@@ -22,7 +22,7 @@ BLOCK_SLOTS = ((0.05, -0.12, 0.46), (0.23, -0.12, 0.46), (0.0703, 0.0924, 0.461)
 
 
 def sample_scene(task: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A random scene_obs ``[24]`` in which ``task`` is still to be done."""
+    """A random scene_obs `[24]` in which `task` is still to be done."""
     check_task(task)
     scene = np.zeros(24)
     slider, drawer = JOINT_UPPER["slide"], JOINT_UPPER["drawer"]
@@ -51,9 +51,9 @@ def sample_scene(task: str, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def reach_pose(env: PlayTable, pos: NDArray, euler: NDArray) -> NDArray[np.float64] | None:
-    """Joints ``[7]`` (rad) that put the tool at a pose, or ``None`` if it is missed by over 3 mm.
+    """Joints `[7]` (rad) that put the tool at a pose, or `None` if it is missed by over 3 mm.
 
-    Moves the arm of ``env`` while searching; set a state afterwards.
+    Moves the arm of `env` while searching; set a state afterwards.
     """
     joints = np.array(REST_JOINTS)
     for _ in range(12):
@@ -66,7 +66,7 @@ def reach_pose(env: PlayTable, pos: NDArray, euler: NDArray) -> NDArray[np.float
 
 
 def sample_robot(env: PlayTable, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A random robot_obs ``[15]``: tool over the table pointing down, fingers open or closed.
+    """A random robot_obs `[15]`: tool over the table pointing down, fingers open or closed.
 
     Raises:
         RuntimeError: when no sampled pose could be reached (the arm was changed).
@@ -85,16 +85,16 @@ def sample_robot(env: PlayTable, rng: np.random.Generator) -> NDArray[np.float32
 
 
 def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[str, NDArray]:
-    """A start for ``task``, for ``reset``: ``robot_obs`` ``[15]``, ``scene_obs`` ``[24]`` float32.
+    """A start for `task`, for `reset`: `robot_obs` `[15]`, `scene_obs` `[24]` float32.
 
-    Leaves ``env`` in an undefined state: reset it with what is returned.
+    Leaves `env` in an undefined state: reset it with what is returned.
     """
     scene = sample_scene(task, rng)
     return {"robot_obs": sample_robot(env, rng), "scene_obs": scene}
 
 
 def make_starts(task: str, n: int, seed: int) -> dict[str, NDArray]:
-    """``n`` starts, the same for a seed: ``robot_obs`` ``[n, 15]``, ``scene_obs`` ``[n, 24]``."""
+    """`n` starts, the same for a seed: `robot_obs` `[n, 15]`, `scene_obs` `[n, 24]`."""
     from diwa.envs.playtable import PlayTable
 
     env = PlayTable()

@@ -33,7 +33,7 @@ FLOOR_HALF, FLOOR_TILE = 4.0, 0.5
 
 
 class Part(NamedTuple):
-    """One solid in its link's frame; ``size`` is box edges, (radius, length) or (radius,)."""
+    """One solid in its link's frame; `size` is box edges, (radius, length) or (radius,)."""
 
     shape: str
     size: tuple[float, ...]
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A link whose frame stands at ``origin`` (world, joint 0) and moves along ``axis``."""
+    """A link whose frame stands at `origin` (world, joint 0) and moves along `axis`."""
 
     name: str
     origin: tuple[float, float, float]
@@ -56,14 +56,14 @@ class Link(NamedTuple):
 
 
 def _box(lo: tuple, hi: tuple, color: str, origin: tuple = (0.0, 0.0, 0.0), **kw) -> Part:
-    """An upright box between two world corners, for a link at ``origin``."""
+    """An upright box between two world corners, for a link at `origin`."""
     size = tuple(b - a for a, b in zip(lo, hi, strict=True))
     mid = tuple((a + b) / 2 - o for a, b, o in zip(lo, hi, origin, strict=True))
     return Part("box", size, mid, color, **kw)
 
 
 def _slope_box(x: tuple, s: tuple, n: tuple, color: str, at: tuple = (0.0, 0.0, 0.0), **kw) -> Part:
-    """A box leaning with the front: x range, s along the slope, n outward, all from ``at``."""
+    """A box leaning with the front: x range, s along the slope, n outward, all from `at`."""
     ms, mn = (s[0] + s[1]) / 2, (n[0] + n[1]) / 2
     y = at[1] + ms * math.sin(LEAN) - mn * math.cos(LEAN)
     z = at[2] + ms * math.cos(LEAN) + mn * math.sin(LEAN)
@@ -219,8 +219,8 @@ def furniture_urdf() -> str:
 def fixtures_urdf() -> str:
     """Everything that moves or lights up, as a URDF text.
 
-    Joints carry their link's name: prismatic ``button``, ``switch``, ``slide`` and ``drawer``
-    (ranges in ``JOINT_UPPER``), fixed ``led``, ``light`` and ``button_base``.
+    Joints carry their link's name: prismatic `button`, `switch`, `slide` and `drawer`
+    (ranges in `JOINT_UPPER`), fixed `led`, `light` and `button_base`.
     """
     rows = ['<?xml version="1.0"?>', '<robot name="fixtures">', _link_xml(ROOT)]
     for link in LINKS:
@@ -240,7 +240,7 @@ def fixtures_urdf() -> str:
 
 
 def wood_texture(size: int = 96) -> NDArray[np.uint8]:
-    """A grain along x in shades of grey, uint8 ``[size, size, 3]``; multiplies the part's color."""
+    """A grain along x in shades of grey, uint8 `[size, size, 3]`; multiplies the part's color."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[0 : 1 : 1j * size, 0 : 1 : 1j * size]
     grain = np.zeros((size, size))
@@ -253,14 +253,14 @@ def wood_texture(size: int = 96) -> NDArray[np.uint8]:
 
 
 def floor_texture() -> NDArray[np.uint8]:
-    """Tiles of ``FLOOR_TILE`` metres, one pixel each, uint8 ``[n, n, 3]``."""
+    """Tiles of `FLOOR_TILE` metres, one pixel each, uint8 `[n, n, 3]`."""
     n = round(2 * FLOOR_HALF / FLOOR_TILE)
     odd = np.indices((n, n)).sum(0) % 2
     return np.where(odd[..., None] == 1, 255, 222).repeat(3, 2).astype(np.uint8)
 
 
 def tga_bytes(image: NDArray[np.uint8]) -> bytes:
-    """An uncompressed TGA file, which PyBullet reads. ``image``: uint8 ``[h, w, 3]``."""
+    """An uncompressed TGA file, which PyBullet reads. `image`: uint8 `[h, w, 3]`."""
     height, width = image.shape[:2]
     header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, 24, 0x20)
     return header + image[..., ::-1].tobytes()

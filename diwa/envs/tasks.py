@@ -1,7 +1,7 @@
-"""The eight CALVIN scene-D skills and their success rules, written on ``scene_obs`` alone.
+"""The eight CALVIN scene-D skills and their success rules, written on `scene_obs` alone.
 
 CALVIN's task oracle compares the scene at the start of an episode with the scene now. For these
-eight skills it looks at four numbers of ``scene_obs`` only, so neither a simulator nor contact
+eight skills it looks at four numbers of `scene_obs` only, so neither a simulator nor contact
 information is needed to judge an episode.
 """
 
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)
-"""Positions in ``scene_obs`` (24): four joints, two lamps (0/1), then three blocks of six."""
+"""Positions in `scene_obs` (24): four joints, two lamps (0/1), then three blocks of six."""
 
 
 class Rule(NamedTuple):
-    """``sign * (scene[index] - scene_start[index]) > change`` counts as success."""
+    """`sign * (scene[index] - scene_start[index]) > change` counts as success."""
 
     index: int
     sign: int
@@ -39,19 +39,19 @@ TASKS: tuple[str, ...] = tuple(RULES)
 
 
 def check_task(task: str) -> str:
-    """Returns ``task``; raises ``ValueError`` naming the eight known ones if it is another."""
+    """Returns `task`; raises `ValueError` naming the eight known ones if it is another."""
     if task not in RULES:
         raise ValueError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
     return task
 
 
 def task_success(task: str, scene_start: ArrayLike, scene: ArrayLike) -> NDArray[np.bool_]:
-    """Whether ``task`` is solved in ``scene`` for an episode that began in ``scene_start``.
+    """Whether `task` is solved in `scene` for an episode that began in `scene_start`.
 
     Args:
-        task: one of ``TASKS``.
-        scene_start: scene_obs ``[..., 24]`` at the start (metres, lamps 0/1).
-        scene: scene_obs ``[..., 24]`` now; leading dimensions broadcast against ``scene_start``.
+        task: one of `TASKS`.
+        scene_start: scene_obs `[..., 24]` at the start (metres, lamps 0/1).
+        scene: scene_obs `[..., 24]` now; leading dimensions broadcast against `scene_start`.
 
     Returns:
         bool array of the broadcast leading shape (zero-dimensional for two single scenes).
