@@ -84,7 +84,7 @@ def _write_once(name: str, content: str | bytes) -> str:
     folder.mkdir(mode=0o700, exist_ok=True)
     stem, suffix = os.path.splitext(name)
     path = folder / f"{stem}-{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != data:
         part = path.with_suffix(f".{os.getpid()}.tmp")
         part.write_bytes(data)
         os.replace(part, path)
