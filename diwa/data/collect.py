@@ -240,7 +240,8 @@ def collect_play(
     if n_transitions < 1:
         raise ValueError(f"n_transitions must be positive, got {n_transitions}")
     lengths_rng = np.random.default_rng((seed, 0))
-    jobs, left = [], n_transitions
+    jobs: list[tuple[int, int, int]] = []
+    left = n_transitions
     while left > 0:
         length = min(left, int(lengths_rng.integers(*PLAY_LENGTHS, endpoint=True)))
         jobs.append((seed, len(jobs), length))

@@ -142,7 +142,9 @@ class Panda:
         self.target_pos = np.array(pos)
         self.target_euler = np.array(self._p.getEulerFromQuaternion(quat))
 
-    def _command(self, joints: ArrayLike, fingers: tuple[float, float], force: float) -> None:
+    def _command(
+        self, joints: NDArray[np.float64], fingers: tuple[float, float], force: float
+    ) -> None:
         p = self._p
         for index, value in zip(ARM, joints, strict=True):  # the array call lacks maxVelocity
             p.setJointMotorControl2(

@@ -19,7 +19,7 @@ SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)
 class Rule(NamedTuple):
     """`sign * (scene[index] - scene_start[index]) > change` counts as success."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     sign: int
     change: float
 
