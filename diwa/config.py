@@ -26,13 +26,13 @@ TaskName = Literal[
 
 SKILL_DEMOS = types.MappingProxyType(
     {
-        "open_drawer": 5,
-        "close_drawer": 5,
+        "open_drawer": 1,
+        "close_drawer": 1,
         "move_slider_left": 5,
-        "move_slider_right": 5,
-        "turn_on_lightbulb": 5,
-        "turn_off_lightbulb": 5,
-        "turn_on_led": 5,
+        "move_slider_right": 2,
+        "turn_on_lightbulb": 2,
+        "turn_off_lightbulb": 2,
+        "turn_on_led": 1,
         "turn_off_led": 5,
     }
 )
@@ -96,7 +96,7 @@ class WorldModelConfig:
     """Weight of the balanced KL."""
     kl_balance: float = 0.8
     """Share of the KL that trains the prior."""
-    state_weight: float = 50.0
+    state_weight: float = 100.0
     """Weight of the squared error of the standardised state."""
     unimix: float = 0.0
     """Share of the uniform distribution in every categorical (0 in the paper)."""
@@ -132,7 +132,7 @@ class PolicyConfig:
 class PretrainConfig:
     """Behaviour cloning of the diffusion policy on latent features (method section 3.4)."""
 
-    steps: int = 3000
+    steps: int = 2000
     """Gradient steps."""
     batch_size: int = 256
     lr: float = 1e-3
@@ -150,11 +150,12 @@ class PretrainConfig:
 class RewardConfig:
     """Success classifier on latents (method section 4), or the hybrid variant's latent decoder."""
 
-    kind: Literal["classifier", "decoder"] = "classifier"
-    """`decoder`: reward from the decoded scene state and the task's own thresholds."""
-    windows: int = 400
+    kind: Literal["classifier", "decoder"] = "decoder"
+    """`decoder`: the task's own rule on the decoded scene state, the paper's best variant and the
+    more honest one here; `classifier`: the classifier on latents."""
+    windows: int = 240
     """Windows of play, half of them solved, that the classifier is trained on."""
-    steps: int = 1500
+    steps: int = 800
     """Gradient steps."""
     batch_size: int = 192
     lr: float = 3e-4
@@ -173,7 +174,7 @@ class RewardConfig:
 class FinetuneConfig:
     """Offline PPO in imagination (method section 5)."""
 
-    iterations: int = 60
+    iterations: int = 25
     """Rollout + update rounds."""
     n_dreams: int = 64
     """N, parallel dreams."""
@@ -188,23 +189,23 @@ class FinetuneConfig:
     gae_lambda: float = 0.95
     gamma_denoising: float = 0.99
     """Discount over denoising steps."""
-    update_epochs: int = 6
+    update_epochs: int = 5
     minibatches: int = 2
     """Minibatches per epoch (1 = the paper's full batch)."""
-    actor_lr: float = 1e-4
+    actor_lr: float = 4e-4
     critic_lr: float = 1e-3
     critic_warmup: int = 2
     """First iterations in which only the critic learns."""
-    clip_coef: float = 0.01
+    clip_coef: float = 0.04
     """PPO clip of the last denoising step."""
-    clip_coef_base: float = 0.001
+    clip_coef_base: float = 0.004
     """PPO clip of the noisiest fine-tuned step."""
     clip_coef_rate: float = 3.0
     """Growth of the clip range over the denoising steps."""
     vf_coef: float = 0.5
     target_kl: float = 1.0
     """The epochs of an iteration stop when the approximate KL exceeds this."""
-    bc_coef: float = 0.05
+    bc_coef: float = 0.03
     """Weight of the likelihood of the frozen policy's own chains (the paper's answer to model
     exploitation)."""
     bc_states: int = 256
@@ -216,7 +217,7 @@ class FinetuneConfig:
     """Classify every latent, as the simulator checks every step, not only the chunk's last."""
     imagined_eval: int = 256
     """Dreamed episodes behind the imagined success before and after."""
-    eval_every: int = 20
+    eval_every: int = 10
     """Iterations between evaluations in the simulator (0: only when the phase has ended)."""
     eval_episodes: int = 30
     """Episodes of those evaluations, from starts that are neither training nor test starts."""
@@ -316,11 +317,11 @@ _MEDIUM = Config(
         hidden_dim=512,
         embed_dim=512,
         mlp_dim=512,
-        steps=12_000,
-        batch_size=48,
+        steps=16_000,
+        batch_size=64,
         seq_len=48,
     ),
-    finetune=FinetuneConfig(iterations=80, eval_every=0),
+    finetune=FinetuneConfig(iterations=25, eval_every=10),
 )
 
 _PAPER = Config(
@@ -343,7 +344,7 @@ _PAPER = Config(
     ),
     policy=PolicyConfig(width=512),
     pretrain=PretrainConfig(steps=50_000, lr=1e-4),
-    reward=RewardConfig(width=1024),
+    reward=RewardConfig(kind="classifier", width=1024, windows=1000, steps=20_000),
     finetune=FinetuneConfig(
         iterations=768,
         n_dreams=50,
@@ -351,6 +352,9 @@ _PAPER = Config(
         update_epochs=10,
         minibatches=1,
         actor_lr=1e-5,
+        clip_coef=0.01,
+        clip_coef_base=0.001,
+        bc_coef=0.05,
         per_step_reward=False,
         eval_every=25,
     ),

@@ -61,6 +61,7 @@ class Trainer:
             device=device,
         )
         cuda = torch.device(device).type == "cuda"
+        torch.backends.cuda.matmul.allow_tf32 = True  # no effect on a CPU
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=torch.tensor(config.lr, device=device) if cuda else config.lr,
