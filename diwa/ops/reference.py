@@ -64,3 +64,17 @@ def gru_cell(
     Shapes: x `[B, I]`, h `[B, H]`, w_ih `[3H, I]`, w_hh `[3H, H]`, biases `[3H]`.
     """
     return gru_gates(F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h)
+
+
+def mish(x: Tensor) -> Tensor:
+    """`x tanh(softplus x)`, elementwise; torch's own, one kernel on every device."""
+    return F.mish(x)
+
+
+def mish_bwd(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `mish`; `grad` is that of its result, t = tanh(softplus x).
+
+    d_x = grad ⊙ (t + x σ(x) (1 - t²))
+    """
+    t = torch.tanh(F.softplus(x))
+    return grad * (t + x * torch.sigmoid(x) * (1 - t * t))
