@@ -153,9 +153,9 @@ class RewardConfig:
     kind: Literal["classifier", "decoder"] = "decoder"
     """`decoder`: the task's own rule on the decoded scene state, the paper's best variant and the
     more honest one here; `classifier`: the classifier on latents."""
-    windows: int = 240
+    windows: int = 160
     """Windows of play, half of them solved, that the classifier is trained on."""
-    steps: int = 800
+    steps: int = 600
     """Gradient steps."""
     batch_size: int = 192
     lr: float = 3e-4
@@ -174,7 +174,7 @@ class RewardConfig:
 class FinetuneConfig:
     """Offline PPO in imagination (method section 5)."""
 
-    iterations: int = 25
+    iterations: int = 40
     """Rollout + update rounds."""
     n_dreams: int = 64
     """N, parallel dreams."""
@@ -190,7 +190,7 @@ class FinetuneConfig:
     gamma_denoising: float = 0.99
     """Discount over denoising steps."""
     update_epochs: int = 5
-    minibatches: int = 2
+    minibatches: int = 4
     """Minibatches per epoch (1 = the paper's full batch)."""
     actor_lr: float = 4e-4
     critic_lr: float = 1e-3
@@ -208,7 +208,7 @@ class FinetuneConfig:
     bc_coef: float = 0.03
     """Weight of the likelihood of the frozen policy's own chains (the paper's answer to model
     exploitation)."""
-    bc_states: int = 256
+    bc_states: int = 128
     """States per minibatch on which the behaviour-cloning term is evaluated."""
     reward_gamma: float = 0.99
     """Discount inside the running reward scale."""
@@ -217,7 +217,7 @@ class FinetuneConfig:
     """Classify every latent, as the simulator checks every step, not only the chunk's last."""
     imagined_eval: int = 256
     """Dreamed episodes behind the imagined success before and after."""
-    eval_every: int = 10
+    eval_every: int = 20
     """Iterations between evaluations in the simulator (0: only when the phase has ended)."""
     eval_episodes: int = 30
     """Episodes of those evaluations, from starts that are neither training nor test starts."""
@@ -321,7 +321,7 @@ _MEDIUM = Config(
         batch_size=64,
         seq_len=48,
     ),
-    finetune=FinetuneConfig(iterations=25, eval_every=10),
+    finetune=FinetuneConfig(iterations=40, eval_every=20),
 )
 
 _PAPER = Config(
