@@ -10,10 +10,23 @@ from torch import Tensor
 
 from diwa import checkpoint
 from diwa.config import Config, PolicyConfig, RewardConfig, WorldModelConfig, from_dict, to_dict
+from diwa.errors import CheckpointError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
+
+
+def _read_meta(folder: Path, kind: str) -> dict[str, Any]:
+    """What a model folder says of itself.
+
+    Raises:
+        CheckpointError: it is missing, or holds another kind of model.
+    """
+    meta = checkpoint.read_meta(folder)
+    if meta.get("kind") != kind:
+        raise CheckpointError(f"{folder} holds a {meta.get('kind', 'foreign')} model, not a {kind}")
+    return meta
 
 
 def source_folder(config: Config, run_path: Path) -> Path:
@@ -33,7 +46,7 @@ def save_world_model(folder: Path, model: WorldModel) -> None:
 
 def load_world_model(folder: Path, device: str = "cpu") -> WorldModel:
     """Frozen world model of a folder written by `save_world_model`."""
-    meta = checkpoint.read_meta(folder)
+    meta = _read_meta(folder, "world_model")
     model = WorldModel(from_dict(WorldModelConfig, meta["config"]))
     checkpoint.load_state(folder, model)
     return model.to(device).requires_grad_(False).eval()
@@ -52,7 +65,7 @@ def save_policy(folder: Path, policy: DiffusionPolicy, ft_steps: int = 0) -> Non
 
 def load_policy(folder: Path, device: str = "cpu") -> tuple[DiffusionPolicy, int]:
     """Frozen policy of a folder and its number of fine-tuned steps."""
-    meta = checkpoint.read_meta(folder)
+    meta = _read_meta(folder, "policy")
     policy = DiffusionPolicy(meta["cond_dim"], from_dict(PolicyConfig, meta["config"]))
     checkpoint.load_state(folder, policy)
     return policy.to(device).requires_grad_(False).eval(), meta["ft_steps"]
@@ -65,7 +78,7 @@ def save_classifier(folder: Path, model: RewardClassifier, meta: dict[str, Any])
 
 def load_classifier(folder: Path, device: str = "cpu") -> tuple[RewardClassifier, RewardConfig]:
     """Frozen success classifier of a folder and its configuration."""
-    meta = checkpoint.read_meta(folder)
+    meta = _read_meta(folder, "reward")
     config = from_dict(RewardConfig, meta["config"])
     model = RewardClassifier(meta["feature_dim"], config.width)
     checkpoint.load_state(folder, model)

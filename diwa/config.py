@@ -48,6 +48,9 @@ class CollectConfig:
     demos: int = 0
     """Successful expert episodes that the policy is pre-trained on; 0 takes the skill's own number
     (`SKILL_DEMOS`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
+    focus: bool = True
+    """Play with the fixture of the skill only, which makes its world model cheaper; off, play
+    covers all fixtures and the world model serves every skill (`--from-run`)."""
     train_starts: int = 200
     """Start observations that dreams begin from; encoded once, never stepped."""
     workers: int = 2
@@ -99,7 +102,7 @@ class WorldModelConfig:
     state_weight: float = 100.0
     """Weight of the squared error of the standardised state."""
     unimix: float = 0.0
-    """Share of the uniform distribution in every categorical (0 in the paper)."""
+    """Share of the uniform distribution in every sampled categorical (0 in the paper)."""
     reset_prob: float = 0.01
     """Probability that a frame starts from the zero state, as every episode and dream does."""
     holdout: float = 0.05
@@ -309,7 +312,7 @@ _TINY = Config(
 
 _MEDIUM = Config(
     preset="medium",
-    collect=CollectConfig(play_transitions=180_000),
+    collect=CollectConfig(play_transitions=180_000, focus=False),
     world_model=WorldModelConfig(
         deter_dim=512,
         stoch_groups=32,
@@ -327,7 +330,7 @@ _MEDIUM = Config(
 _PAPER = Config(
     preset="paper",
     device="cuda",
-    collect=CollectConfig(play_transitions=200_000, demos=50),
+    collect=CollectConfig(play_transitions=200_000, demos=50, focus=False),
     world_model=WorldModelConfig(
         deter_dim=1024,
         stoch_groups=32,

@@ -13,6 +13,7 @@ import torch
 from imageio import v2 as imageio
 from numpy.typing import NDArray
 
+from .agent import load_world_model, world_model_folder
 from .checkpoint import TEMP_SUFFIX
 from .envs.starts import BLOCK_SLOTS
 from .run import RunFolder
@@ -36,7 +37,7 @@ def film_all(run: RunFolder, folder: Path) -> None:
     try:
         if (run.dir("evaluate") / "result.json").exists() and run.config.evaluate.videos:
             write_video(folder / "before_after.mp4", _before_after(run, env))
-        if (run.dir("world_model") / "dream.npz").exists():
+        if (world_model_folder(run.config, run.path) / "dream.npz").exists():
             frames = _dream(run, env)
             if frames:
                 write_video(folder / "dream.mp4", frames)
@@ -105,8 +106,7 @@ def choose_starts(base: Sequence[bool], finetuned: Sequence[bool], n: int) -> li
 
 def _before_after(run: RunFolder, env: PlayTable) -> Frames:
     from .phases.collect import TEST_STARTS
-    from .phases.evaluate import _Slots as Slots
-    from .phases.evaluate import load_agents, task_starts
+    from .phases.evaluate import Slots, load_agents, task_starts
 
     config, result = run.config, run.result("evaluate")
     starts = task_starts(config.task, config.evaluate.episodes, TEST_STARTS)
@@ -125,13 +125,13 @@ def _before_after(run: RunFolder, env: PlayTable) -> Frames:
 
 
 def _dream(run: RunFolder, env: PlayTable) -> Frames:
-    from .agent import load_world_model
     from .envs.tasks import RULES
-    from .nn.encoders import _FIXTURES as FIXTURES
+    from .nn.encoders import FIXTURES
     from .plots import most_moving
 
-    codec = load_world_model(run.dir("world_model")).codec
-    with np.load(run.dir("world_model") / "dream.npz", allow_pickle=False) as file:
+    folder = world_model_folder(run.config, run.path)
+    codec = load_world_model(folder).codec
+    with np.load(folder / "dream.npz", allow_pickle=False) as file:
         real, dream, names = file["real"], file["dream"], file["names"].tolist()
     if not len(real):
         return []

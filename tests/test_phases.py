@@ -338,7 +338,7 @@ def slots(order: list[int], steps: int = 9):
     torch.manual_seed(0)
     model = WorldModel(CONFIG.world_model).requires_grad_(False)
     policy = DiffusionPolicy(model.feature_dim, CONFIG.policy).requires_grad_(False)
-    group = evaluate._Slots(Agent(model, policy), len(order), LIMIT, seed=5)
+    group = evaluate.Slots(Agent(model, policy), len(order), LIMIT, seed=5)
     for slot, start in enumerate(order):
         group.begin(slot, start)
     out = []
@@ -361,7 +361,7 @@ def test_a_slot_begins_anew():
     torch.manual_seed(0)
     model = WorldModel(CONFIG.world_model).requires_grad_(False)
     policy = DiffusionPolicy(model.feature_dim, CONFIG.policy).requires_grad_(False)
-    group = evaluate._Slots(Agent(model, policy), 2, LIMIT, seed=5)
+    group = evaluate.Slots(Agent(model, policy), 2, LIMIT, seed=5)
     group.begin(0, 4)
     group.begin(1, 6)
     for _ in range(LIMIT + 2):  # also past the limit, as while others still run

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,14 @@ def _feasible(scene: NDArray, rng: np.random.Generator) -> list[str]:
     ]
 
 
-def _attempt(recorder: _Recorder, rng: np.random.Generator) -> None:
-    """One try at a skill, well or badly done."""
+def _attempt(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str]) -> None:
+    """One try at one of some skills, well or badly done."""
     from diwa.envs.experts import Expert
 
     # Now and then a skill that is already done: pushing a closed drawer is play, too.
-    tasks = list(TASKS) if rng.random() < 0.1 else _feasible(recorder.scene[-1], rng)
+    done_too = rng.random() < 0.1
+    possible = skills if done_too else _feasible(recorder.scene[-1], rng)
+    tasks = [task for task in possible if task in skills]
     noise = float(rng.choice(NOISE_LEVELS))
     style: dict[str, Any] = {"noise": noise, "speed": float(rng.uniform(0.6, 1.0))}
     stop = 200
@@ -127,11 +129,11 @@ def _free_motion(recorder: _Recorder, rng: np.random.Generator) -> None:
     _move_to(recorder, rng.uniform(FREE_LOW, FREE_HIGH), rng, 25, gripper)
 
 
-def _burst(recorder: _Recorder, rng: np.random.Generator) -> None:
-    """Random motions, each held for a few steps, beside a handle."""
+def _burst(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str]) -> None:
+    """Random motions, each held for a few steps, beside the handle of one of some skills."""
     from diwa.envs.experts import plan
 
-    contact = plan(recorder.env, str(rng.choice(TASKS)))[1]
+    contact = plan(recorder.env, str(rng.choice(skills)))[1]
     beside = contact[0][0] + rng.uniform(-0.04, 0.04, 3)
     gripper = 1.0 if rng.random() < 0.2 else -1.0
     _move_to(recorder, beside + [0.0, -0.03, 0.06], rng, 35, gripper)
@@ -158,20 +160,20 @@ def _worker_env() -> PlayTable:
     return _env
 
 
-def _play_episode(job: tuple[int, int, int]) -> Episode:
-    """One play episode: (seed, episode number, length)."""
+def _play_episode(job: tuple[int, int, int], skills: Sequence[str]) -> Episode:
+    """One play episode of some skills: (seed, episode number, length)."""
     from diwa.envs.starts import sample_start
 
     seed, number, length = job
     rng = np.random.default_rng((seed, number, 1))
     env = _worker_env()
-    recorder = _Recorder(env, sample_start(env, str(rng.choice(TASKS)), rng), length)
+    recorder = _Recorder(env, sample_start(env, str(rng.choice(skills)), rng), length)
     while not recorder.full:
         kind = rng.random()
         if kind < 0.72:
-            _attempt(recorder, rng)
+            _attempt(recorder, rng, skills)
         elif kind < 0.86:
-            _burst(recorder, rng)
+            _burst(recorder, rng, skills)
         else:
             _free_motion(recorder, rng)
     return recorder.episode()
@@ -224,7 +226,11 @@ def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
 
 
 def collect_play(
-    n_transitions: int, seed: int, workers: int = 2, progress: ProgressFn | None = None
+    n_transitions: int,
+    seed: int,
+    workers: int = 2,
+    progress: ProgressFn | None = None,
+    skills: Sequence[str] = TASKS,
 ) -> list[Episode]:
     """Records play: chained attempts, misses, bursts and free motion without resets in between.
 
@@ -233,6 +239,7 @@ def collect_play(
         seed: everything follows from it, whatever the number of workers.
         workers: processes (1: none is started).
         progress: called with (transitions done, `n_transitions`).
+        skills: what is attempted; all by default. Fewer make a world model of one fixture cheaper.
 
     Returns:
         Episodes without task and success flags.
@@ -247,7 +254,8 @@ def collect_play(
         jobs.append((seed, len(jobs), length))
         left -= length
     episodes, done = [], 0
-    for episode in _run(_play_episode, jobs, workers):
+    record = partial(_play_episode, skills=[check_task(skill) for skill in skills])
+    for episode in _run(record, jobs, workers):
         episodes.append(episode)
         done += len(episode.action)
         if progress is not None:

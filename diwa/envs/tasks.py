@@ -45,6 +45,12 @@ def check_task(task: str) -> str:
     return task
 
 
+def fixture_tasks(task: str) -> tuple[str, ...]:
+    """The tasks, ``task`` among them, that are judged by the same entry of ``scene_obs``."""
+    index = RULES[check_task(task)].index
+    return tuple(name for name, rule in RULES.items() if rule.index == index)
+
+
 def task_success(task: str, scene_start: ArrayLike, scene: ArrayLike) -> NDArray[np.bool_]:
     """Whether `task` is solved in `scene` for an episode that began in `scene_start`.
 

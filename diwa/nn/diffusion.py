@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diwa.config import PolicyConfig
+from diwa.ops import mish
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -123,7 +124,7 @@ class DenoisingMLP(nn.Module):
             cond: `[..., W]` condition projected by `cond_in`.
         """
         y = self.chunk_in(x) + time + cond
-        y = y + self.hidden2(F.mish(self.hidden1(F.mish(y))))
+        y = y + self.hidden2(mish(self.hidden1(mish(y))))
         return self.out(y)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROBOT_DIM, SCENE_DIM = 15, 24
 
-_FIXTURES = ("slider", "drawer", "button", "switch", "lightbulb", "led")
+FIXTURES = ("slider", "drawer", "button", "switch", "lightbulb", "led")
 _BLOCKS = ("red_block", "blue_block", "pink_block")
 
 
@@ -104,7 +104,7 @@ class StateCodec(nn.Module):
         """Name of every column of the vector."""
         names = [f"tcp_{axis}" for axis in "xyz"] + [f"rotation_{i}" for i in range(6)]
         names += ["gripper_width", *(f"arm_joint_{i}" for i in range(7)), "gripper_command"]
-        names += list(_FIXTURES)
+        names += list(FIXTURES)
         if self.observe_blocks:
             for block in _BLOCKS:
                 names += [f"{block}_{axis}" for axis in "xyz"]
@@ -118,7 +118,7 @@ class StateCodec(nn.Module):
             "gripper_width": (slice(9, 10), "m"),
             "arm_joints": (slice(10, 17), "rad"),
         }
-        for i, name in enumerate(_FIXTURES):
+        for i, name in enumerate(FIXTURES):
             out[name] = (slice(18 + i, 19 + i), "m" if i < 4 else "state")
         if self.observe_blocks:
             for i, name in enumerate(_BLOCKS):

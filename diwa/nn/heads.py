@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from diwa.ops import mish
+
 
 class RewardClassifier(nn.Module):
     """Success classifier g then c on features (method section 4.1).
@@ -73,5 +75,5 @@ class Critic(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """`[..., F]` -> value `[...]`."""
         y = self.first(feature)
-        y = y + self.hidden2(F.mish(self.hidden1(F.mish(y))))
+        y = y + self.hidden2(mish(self.hidden1(mish(y))))
         return self.out(y)[..., 0]

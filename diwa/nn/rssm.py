@@ -87,7 +87,7 @@ class RSSM(nn.Module):
         stoch_groups: S.
         stoch_classes: C.
         hidden_dim: width of the layers.
-        unimix: share of the uniform distribution in every categorical (0 in the paper).
+        unimix: share of the uniform distribution in every sampled categorical (0 in the paper).
     """
 
     def __init__(

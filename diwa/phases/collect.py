@@ -9,6 +9,7 @@ import numpy as np
 
 from diwa.config import SKILL_DEMOS, Config
 from diwa.data.store import EpisodeStore, write_store
+from diwa.envs.tasks import TASKS, fixture_tasks
 from diwa.errors import StoreError
 from diwa.run import RunFolder
 
@@ -55,7 +56,11 @@ def collect(config: Config, run: RunFolder) -> dict:
             play = EpisodeStore(phase.dir / "play")
         else:
             episodes = collect_play(
-                c.play_transitions, seed=seed, workers=c.workers, progress=progress
+                c.play_transitions,
+                seed=seed,
+                workers=c.workers,
+                progress=progress,
+                skills=fixture_tasks(config.task) if c.focus else TASKS,
             )
             play = write_store(phase.dir / "play", episodes)
         count = c.demos or SKILL_DEMOS[config.task]

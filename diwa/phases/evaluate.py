@@ -35,7 +35,7 @@ def _make_env(task: str, starts: dict[str, NDArray], share: list[int], max_steps
     return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, share)
 
 
-class _Slots:
+class Slots:
     """Filter states, planned chunks and noise of the episodes that run side by side.
 
     The randomness of an episode depends on its start's number only, so the result does not depend
@@ -118,7 +118,7 @@ def evaluate_agent(
     )
     success = np.zeros(total, dtype=bool)
     finished = np.zeros(total, dtype=bool)
-    slots = _Slots(agent, count, limit, seed)
+    slots = Slots(agent, count, limit, seed)
     try:
         obs, _ = envs.reset()
         position = np.zeros(count, dtype=int)

@@ -17,7 +17,7 @@ from diwa.agent import (
 from diwa.config import Config, WorldModelConfig
 from diwa.data.sampler import StreamSampler, split_episodes
 from diwa.data.store import Episode, EpisodeStore
-from diwa.errors import StoreError
+from diwa.errors import RunError, StoreError
 from diwa.graph import GraphedStep
 from diwa.nn.encoders import to_tensor
 from diwa.nn.rssm import RSSMState
@@ -152,7 +152,13 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         if config.from_run:
-            model = load_world_model(world_model_folder(config, run.path))
+            folder = world_model_folder(config, run.path)
+            if not (folder / "model.safetensors").exists():
+                raise RunError(
+                    f"--from-run {config.from_run} holds no world model of its own; name the run "
+                    "that trained one"
+                )
+            model = load_world_model(folder)
             parameters = sum(p.numel() for p in model.parameters())
             return phase.finish({"from_run": config.from_run, "parameters": parameters})
         torch.set_num_threads(config.threads)
