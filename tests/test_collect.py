@@ -7,7 +7,7 @@ pytest.importorskip("pybullet")
 pytest.importorskip("gymnasium")
 
 from diwa.data.collect import collect_demos, collect_play  # noqa: E402
-from diwa.envs.tasks import TASKS, task_success  # noqa: E402
+from diwa.envs.tasks import DRAWER, SWITCH, TASKS, fixture_tasks, task_success  # noqa: E402
 
 
 def same(first, second):
@@ -51,6 +51,18 @@ def test_recording_does_not_depend_on_the_number_of_workers():
     assert not same(alone, collect_play(700, seed=10, workers=1))
 
 
+def test_focused_play_is_about_its_fixture(play):
+    focused = collect_play(2500, seed=4, workers=1, skills=fixture_tasks("turn_on_lightbulb"))
+
+    def share(episodes, joint):
+        """Frames in which a joint moves, over all frames."""
+        moves = [np.abs(np.diff(e.scene_obs[:, joint])) > 1e-3 for e in episodes]
+        return np.concatenate(moves).mean()
+
+    assert share(focused, SWITCH) > 2 * share(play, SWITCH)
+    assert share(focused, SWITCH) > 5 * share(focused, DRAWER)
+
+
 @pytest.mark.parametrize("task", ["turn_on_led", "close_drawer"])
 def test_demonstrations_end_shortly_after_success(task):
     calls = []
@@ -71,6 +83,8 @@ def test_demonstrations_end_shortly_after_success(task):
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="n_transitions"):
         collect_play(0, seed=0)
+    with pytest.raises(ValueError, match="juggle"):
+        collect_play(10, seed=0, workers=1, skills=["juggle"])
     with pytest.raises(ValueError, match="juggle"):
         collect_demos("juggle", 1, seed=0, workers=1)
     with pytest.raises(RuntimeError, match="open_drawer"):

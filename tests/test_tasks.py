@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, TASKS, task_success
+from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, TASKS, fixture_tasks, task_success
 
 DATA = Path(
     os.environ.get("DIWA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")
@@ -61,6 +61,12 @@ def test_leading_dimensions_broadcast():
     assert found.shape == (3, 5)
     assert found.sum() == 1
     assert found[1, 4]
+
+
+def test_tasks_of_one_fixture():
+    assert fixture_tasks("close_drawer") == ("open_drawer", "close_drawer")
+    assert fixture_tasks("turn_on_led") == ("turn_on_led", "turn_off_led")
+    assert {name for task in TASKS for name in fixture_tasks(task)} == set(TASKS)
 
 
 def test_errors_name_what_is_wrong():
