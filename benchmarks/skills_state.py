@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diwa.checkpoint import write_json
 from diwa.config import PRESETS, Config
 from diwa.envs.tasks import TASKS
 from diwa.run import RunFolder
@@ -56,7 +57,7 @@ def open_run(args: argparse.Namespace, task: str, seed: int) -> tuple[Config, Ru
     if saved.exists():  # device and source folder belong to the machine, not to the run
         text = json.loads(saved.read_text())
         text.update(device=config.device, from_run=config.from_run, threads=config.threads)
-        saved.write_text(json.dumps(text, indent=2))
+        write_json(saved, text)
     return config, RunFolder(path, config, quiet=True)
 
 
@@ -103,7 +104,7 @@ def learn_world_model(args: argparse.Namespace) -> None:
     path = args.folder / "base" / "config.json"
     text = json.loads(path.read_text())
     text.update(device=config.device)
-    path.write_text(json.dumps(text, indent=2))
+    write_json(path, text)
     train_world_model(config, RunFolder(args.folder / "base", config))
 
 
@@ -129,7 +130,7 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     shared = {p: base.result(p)["seconds"] for p in ("collect", "world_model")}
     tasks: dict[str, Any] = {}
     for task in args.tasks:
-        runs = [open_run(args, task, seed)[1] for seed in args.seeds]
+        runs = [open_run(args, task, seed)[1] for t, seed in args.pairs if t == task]
         evaluated = [run.result("evaluate") for run in runs]
         tuned = [run.result("finetune") for run in runs]
         phases = ("collect", "pretrain", "reward", "finetune", "evaluate")
@@ -155,16 +156,19 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     gains = [t["finetuned"]["success"] - t["base"]["success"] for t in tasks.values()]
     gaps = [abs(t["imagined_final"] - t["finetuned"]["success"]) for t in tasks.values()]
     learned_on = json.loads((skill_folder(args, *args.pairs[0]) / "versions.json").read_text())
+    dreamer = base.result("world_model")
+    device = f"{learned_on['device']}; world model on {dreamer['device']}"
     return {
         "meta": {
             "commit": commit,
             "date": datetime.date.today().isoformat(),
-            "device": learned_on.get("device", args.device),
+            "device": device,
             "versions": learned_on,
             "preset": args.preset,
         },
         "mean_gain": statistics.mean(gains),
         "mean_gap": statistics.mean(gaps),
+        "open_loop": dreamer["open_loop"],
         "tasks": tasks,
     }
 
@@ -178,10 +182,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument(
+        "--second-seed-tasks", nargs="*", choices=TASKS, help="skills that run all seeds, not one"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="skills that learn at the same time")
     args = parser.parse_args()
     args.folder = args.folder.resolve()
-    args.pairs = [(task, seed) for seed in args.seeds for task in args.tasks]
+    repeated = args.tasks if args.second_seed_tasks is None else args.second_seed_tasks
+    args.pairs = [
+        (task, seed)
+        for seed in args.seeds
+        for task in args.tasks
+        if seed == args.seeds[0] or task in repeated
+    ]
     return args
 
 

@@ -43,7 +43,7 @@ SKILL_DEMOS = types.MappingProxyType(
 class CollectConfig:
     """Play and demonstrations, collected by scripted experts in the embedded simulator."""
 
-    play_transitions: int = 60_000
+    play_transitions: int = 40_000
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
     demos: int = 0
     """Successful expert episodes that the policy is pre-trained on; 0 takes the skill's own number
@@ -79,7 +79,7 @@ class WorldModelConfig:
     """Observe and predict the poses of the three blocks as well."""
     steps: int = 3000
     """Gradient steps."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Parallel streams B."""
     seq_len: int = 40
     """Frames per stream and gradient step, T."""
@@ -243,12 +243,13 @@ class Config:
     """One run of the four phases and the evaluation."""
 
     preset: str = "small"
-    """Preset the other values started from."""
-    task: TaskName = "move_slider_right"
+    """Preset the other values started from: tiny, small, medium or paper."""
+    task: TaskName = "turn_on_led"
     """Skill to improve."""
     env: Literal["playtable"] = "playtable"
     """Simulator."""
     seed: int = 0
+    """Everything random follows from it."""
     device: str = "cpu"
     """torch device of training and dreams."""
     threads: int = 2
@@ -324,7 +325,6 @@ _MEDIUM = Config(
         batch_size=64,
         seq_len=48,
     ),
-    finetune=FinetuneConfig(iterations=40, eval_every=20),
 )
 
 _PAPER = Config(

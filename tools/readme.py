@@ -44,11 +44,12 @@ def table(result):
     ]
     lines.append(f"| **mean** | {' | '.join(f'**{percent(m)}**' for m in means)} |")
     one = next(iter(tasks.values()))
+    demos = sorted(t["demos"] for t in tasks.values())
     steps = sum(t["finetune_env_steps"] for t in tasks.values())
     lines += [
         "",
-        f"{one['play_transitions']:,} transitions of play, {one['demos']} demonstrations per "
-        f"skill, {steps} simulator steps in fine-tuning. Source: "
+        f"{one['play_transitions']:,} transitions of play, {demos[0]} to {demos[-1]} "
+        f"demonstrations per skill, {steps} simulator steps in fine-tuning. Source: "
         "[skills_state.json](benchmarks/results/skills_state.json), learned on "
         f"{result['meta']['device']}.",
     ]

@@ -19,6 +19,7 @@ from diwa.data.sampler import StreamSampler, split_episodes
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import RunError, StoreError
 from diwa.graph import GraphedStep
+from diwa.info import device_name
 from diwa.nn.encoders import to_tensor
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
@@ -171,5 +172,10 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
         save_world_model(phase.dir, model)
         parameters = sum(p.numel() for p in model.parameters())
         return phase.finish(
-            {"open_loop": report, "parameters": parameters, "play_transitions": transitions}
+            {
+                "open_loop": report,
+                "parameters": parameters,
+                "play_transitions": transitions,
+                "device": device_name(config.device),
+            }
         )
