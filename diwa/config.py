@@ -99,8 +99,10 @@ class WorldModelConfig:
     """Weight of the balanced KL."""
     kl_balance: float = 0.8
     """Share of the KL that trains the prior."""
-    state_weight: float = 100.0
+    state_weight: float = 50.0
     """Weight of the squared error of the standardised state."""
+    detail_weight: float = 4.0
+    """Further weight of tool position and fixtures, which decide success; 1 treats all alike."""
     unimix: float = 0.0
     """Share of the uniform distribution in every sampled categorical (0 in the paper)."""
     reset_prob: float = 0.01
@@ -324,6 +326,8 @@ _MEDIUM = Config(
         steps=16_000,
         batch_size=64,
         seq_len=48,
+        state_weight=100.0,
+        detail_weight=1.0,
     ),
 )
 
@@ -344,6 +348,7 @@ _PAPER = Config(
         lr=3e-4,
         lr_final_fraction=1.0,
         weight_decay=0.05,
+        detail_weight=1.0,
     ),
     policy=PolicyConfig(width=512),
     pretrain=PretrainConfig(steps=50_000, lr=1e-4),

@@ -118,13 +118,24 @@ def test_codec_statistics_travel_in_the_state_dict():
     assert torch.equal(codec(robot, scene), other(robot, scene))
 
 
-def test_decoder_loss_is_half_the_squared_error():
+def test_decoder_loss_is_half_the_weighted_squared_error():
     torch.manual_seed(0)
     decoder = StateDecoder(6, 8, 5)
     feature, target = torch.randn(2, 3, 6), torch.randn(2, 3, 5)
-    expected = 0.5 * (decoder(feature)["state"] - target).square().sum(-1)
-    torch.testing.assert_close(decoder.loss(feature, {"state": target}), expected)
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 4.0])
+    error = (decoder(feature)["state"] - target).square()
+    expected = 0.5 * sum(w * error[..., i] for i, w in enumerate(weight))
+    torch.testing.assert_close(decoder.loss(feature, {"state": target}, weight), expected)
     assert StateEncoder(5, 8, 4)({"state": target}).shape == (2, 3, 4)
+
+
+def test_column_weights_raise_tool_position_and_fixtures():
+    codec = StateCodec(observe_blocks=True)
+    raised = (codec.column_weights(4.0) == 4.0).tolist()
+    names = [name for name, up in zip(codec.column_names(), raised, strict=True) if up]
+    fixtures = ["slider", "drawer", "button", "switch", "lightbulb", "led"]
+    assert names == ["tcp_x", "tcp_y", "tcp_z", *fixtures]
+    assert (codec.column_weights(1.0) == 1).all()
 
 
 def test_to_tensor_copies():

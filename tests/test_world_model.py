@@ -16,7 +16,13 @@ from diwa.phases.open_loop import open_loop_report
 from diwa.phases.world_model import Trainer, learning_rate
 
 SMALL = WorldModelConfig(
-    deter_dim=32, stoch_groups=4, stoch_classes=4, hidden_dim=32, embed_dim=16, mlp_dim=32
+    deter_dim=32,
+    stoch_groups=4,
+    stoch_classes=4,
+    hidden_dim=32,
+    embed_dim=16,
+    mlp_dim=32,
+    detail_weight=1.0,
 )
 T, B = 6, 3
 

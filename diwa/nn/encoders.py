@@ -111,6 +111,13 @@ class StateCodec(nn.Module):
                 names += [f"{block}_rotation_{i}" for i in range(6)]
         return names
 
+    def column_weights(self, detail: float) -> Tensor:
+        """Weights `[O]` of the reconstruction: `detail` for tool position and fixtures, else 1."""
+        weights = torch.ones(self.size)
+        weights[0:3] = detail
+        weights[18:24] = detail
+        return weights
+
     def quantities(self) -> dict[str, tuple[slice, str]]:
         """Reported quantities: name -> (columns of the vector, unit)."""
         out = {
@@ -158,9 +165,12 @@ class StateDecoder(nn.Module):
     def forward(self, feature: Tensor) -> dict[str, Tensor]:
         return {"state": self.net(feature)}
 
-    def loss(self, feature: Tensor, obs: dict[str, Tensor]) -> Tensor:
-        """Half the squared error summed over O, `[...]` (unit-variance Gaussian, section 1.6)."""
-        return 0.5 * (self(feature)["state"] - obs["state"]).square().sum(-1)
+    def loss(self, feature: Tensor, obs: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """Half the squared error, weighted by `weight [O]` and summed over O, `[...]`.
+
+        A Gaussian of variance 1 / weight per column (section 1.6).
+        """
+        return 0.5 * ((self(feature)["state"] - obs["state"]).square() * weight).sum(-1)
 
 
 def to_tensor(array: np.ndarray, device: str | torch.device = "cpu") -> Tensor:

@@ -31,6 +31,8 @@ class WorldModel(nn.Module):
         config: sizes and loss weights.
     """
 
+    column_weight: Tensor
+
     def __init__(self, config: WorldModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -46,6 +48,8 @@ class WorldModel(nn.Module):
             config.unimix,
         )
         self.decoder = StateDecoder(self.rssm.feature_dim, config.mlp_dim, self.codec.size)
+        weights = self.codec.column_weights(config.detail_weight)
+        self.register_buffer("column_weight", weights, persistent=False)
 
     @property
     def feature_dim(self) -> int:
@@ -82,7 +86,7 @@ class WorldModel(nn.Module):
         """
         post = self.rssm.observe(self.encoder(obs), action, reset, state, uniform)
         feature = torch.cat([post.h, post.z], dim=-1)
-        reconstruction = self.decoder.loss(feature, obs).mean()
+        reconstruction = self.decoder.loss(feature, obs, self.column_weight).mean()
         prior = self.rssm.prior_logits(post.h)
         kl_loss, kl = balanced_kl(post.logits, prior, self.config.kl_balance)
         total = self.config.state_weight * reconstruction + self.config.kl_weight * kl_loss.mean()
