@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import write_bytes
 from .envs.tasks import RULES
-from .nn.encoders import _FIXTURES as FIXTURES
+from .nn.encoders import FIXTURES
 from .run import RunFolder
 from .stats import wilson_interval
 

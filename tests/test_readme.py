@@ -88,7 +88,7 @@ def test_table_from_results(tool):
     table = tool.table(result)
     assert "| a | 40 % (31 to 50) | 90 % (83 to 94) | 95 % |" in table
     assert "| **mean** | **40 %** | **85 %** | **90 %** |" in table
-    assert "60,000 transitions of play, 5 demonstrations per skill, 0 simulator steps" in table
+    assert "60,000 transitions of play, 5 to 5 demonstrations per skill, 0 simulator steps" in table
     changed = tool.with_table(README, table)
     assert changed != README and changed.count(tool.BEGIN) == 1
     assert tool.with_table(changed, table) == changed
