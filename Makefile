@@ -37,9 +37,8 @@ $(VENV)/test: $(VENV)/torch $(NATIVE)
 install-demo: $(VENV)/demo
 install-test: $(VENV)/test
 
-# Threads that wait must not spin: on two cores they would keep the simulator processes out.
 demo: install-demo
-	OMP_WAIT_POLICY=passive $(BIN)/diwa run --preset $(PRESET)
+	$(BIN)/diwa run --preset $(PRESET)
 
 lint: install-test
 	$(BIN)/ruff check .

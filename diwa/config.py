@@ -254,8 +254,8 @@ class Config:
     """Everything random follows from it."""
     device: str = "cpu"
     """torch device of training and dreams."""
-    threads: int = 2
-    """torch threads."""
+    threads: int = 1
+    """torch threads; at these sizes a second one gains nothing on two cores."""
     from_run: str | None = None
     """Another run folder whose play and world model are used instead of making new ones."""
     collect: CollectConfig = field(default_factory=CollectConfig)
