@@ -23,6 +23,9 @@ def _read_meta(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, or holds another kind of model.
     """
+    if not (folder / "config.json").exists():
+        command = f"diwa {folder.name.replace('_', '-')} --run-dir {folder.parent}"
+        raise CheckpointError(f"there is no {kind} in {folder}; run `{command}` first")
     meta = checkpoint.read_meta(folder)
     if meta.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {meta.get('kind', 'foreign')} model, not a {kind}")
