@@ -18,16 +18,17 @@ import datetime
 import json
 import multiprocessing
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diwa.checkpoint import write_json
 from diwa.config import PRESETS, Config
 from diwa.envs.tasks import TASKS
+from diwa.phases.evaluate import summary
 from diwa.run import RunFolder
-from diwa.stats import wilson_interval
 
 RESULT = Path(__file__).parent / "results" / "skills_state.json"
 STAGES = ("collect", "learn", "evaluate", "summarise")
@@ -117,13 +118,6 @@ def for_all(args: argparse.Namespace, work: Callable[..., str], jobs: int) -> No
             print(future.result(), flush=True)
 
 
-def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Success over several evaluations with a Wilson interval."""
-    n = sum(r["n"] for r in results)
-    wins = sum(round(r["success"] * r["n"]) for r in results)
-    return {"success": wins / n, "n": n, "ci": list(wilson_interval(wins, n))}
-
-
 def summarise(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the results of the run folders in the published schema."""
     base = RunFolder(args.folder / "base", base_config(args), quiet=True)
@@ -138,8 +132,10 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
         seconds["play (shared)"] = shared["collect"]
         seconds["world_model (shared)"] = shared["world_model"]
         tasks[task] = {
-            "base": pooled([e["base"] for e in evaluated]),
-            "finetuned": pooled([e["finetuned"] for e in evaluated]),
+            **{
+                policy: summary(np.concatenate([e[policy]["episodes"] for e in evaluated]))
+                for policy in ("base", "finetuned")
+            },
             "per_seed": [[e["base"]["success"], e["finetuned"]["success"]] for e in evaluated],
             "imagined_start": statistics.mean(t["imagined_start"] for t in tuned),
             "imagined_final": statistics.mean(t["imagined_final"] for t in tuned),
@@ -150,9 +146,6 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
             "reward": runs[0].result("reward"),
             "seconds": {k: round(v, 1) for k, v in seconds.items()},
         }
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
-    ).stdout.strip()
     gains = [t["finetuned"]["success"] - t["base"]["success"] for t in tasks.values()]
     gaps = [abs(t["imagined_final"] - t["finetuned"]["success"]) for t in tasks.values()]
     learned_on = json.loads((skill_folder(args, *args.pairs[0]) / "versions.json").read_text())
@@ -160,7 +153,7 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     device = f"{learned_on['device']}; world model on {dreamer['device']}"
     return {
         "meta": {
-            "commit": commit,
+            "commit": learned_on["commit"],
             "date": datetime.date.today().isoformat(),
             "device": device,
             "versions": learned_on,
@@ -211,7 +204,7 @@ def main() -> None:
         for_all(args, evaluate_one, 1)
     if "summarise" in stages:
         result = summarise(args)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(RESULT, result)
         for task, t in result["tasks"].items():
             print(
                 f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}"

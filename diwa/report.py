@@ -31,7 +31,7 @@ CAPTIONS = {
     "ppo.png": "Fine-tuning.",
     "training.png": "Losses of the other phases.",
     "before_after.mp4": "Before on the left, after on the right, from the same starts (first those "
-    "where the outcome differs); the frame turns green when the skill is done.",
+    "that only the fine-tuned policy solved); the frame turns green when the skill is done.",
     "dream.mp4": "Held-out play on the left, dreamed from the same ten frames and actions on the "
     "right.",
 }
