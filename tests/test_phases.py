@@ -165,6 +165,20 @@ def test_another_run_lends_its_play_and_world_model(straight, tmp_path):
     assert run.result("finetune")["finetune_env_steps"] == 0
 
 
+def test_training_goes_on_from_another_runs_world_model(straight, tmp_path):
+    longer = dataclasses.replace(CONFIG.world_model, init_from=str(straight.path), steps=2)
+    config = dataclasses.replace(CONFIG, world_model=longer)
+    run = prepare(tmp_path / "longer", config)
+    world_model.train_world_model(config, run)
+    first = run.metrics("world_model")[0]["world_model/reconstruction"]
+    before = [row["world_model/reconstruction"] for row in straight.metrics("world_model")]
+    assert first < 0.5 * (before[0] + before[-1]), "goes on with learned weights, not new ones"
+    other = dataclasses.replace(longer, hidden_dim=20)
+    config = dataclasses.replace(CONFIG, world_model=other)
+    with pytest.raises(RunError, match="init_from .*another architecture"):
+        world_model.train_world_model(config, prepare(tmp_path / "other", config))
+
+
 def test_too_little_or_damaged_play_is_refused(tmp_path):
     run = RunFolder(tmp_path / "run", CONFIG, quiet=True)
     with pytest.raises(StoreError, match="diwa collect"):
