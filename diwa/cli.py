@@ -40,6 +40,7 @@ COMMANDS = {
     "finetune": "5. improve the policy by PPO inside the world model",
     "evaluate": "6. success before and after, in the simulator",
     "report": "7. table, plots, videos and a page that shows them",
+    "bench": "speed of the operators on this machine, against plain torch and others",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {
@@ -146,6 +147,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(show())
         return 0
+    if command == "bench":
+        from .bench import main as bench
+
+        return bench(rest)
     return _run(command, parse(command, rest))
 
 
