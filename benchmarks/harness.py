@@ -202,6 +202,7 @@ def measure(case: Case | Sum, settings: Settings, roof: Roof) -> tuple[dict, dic
     else:
         calls = {"diwa": case.ours, **case.peers, "roof": roof.call}
         with torch.set_grad_enabled(case.grad):
+            _drop_uncompilable(calls, case.skipped)
             samples = interleave(clock, calls, settings)
             more = _tail(clock, case) if case.tail else {}
     ours, peers = samples["diwa"], [n for n in samples if n not in ("diwa", "roof")]
@@ -262,6 +263,16 @@ def _sum_parts(
                 total[name] = [a + b for a, b in zip(before, scaled, strict=False)]
     rounds = min(len(column) for column in total.values())
     return {n: column[:rounds] for n, column in total.items()}, {"parts_s": parts}
+
+
+def _drop_uncompilable(calls: dict[str, Callable[[], Any]], skipped: dict[str, str]) -> None:
+    """Compile now; leave out, with the reason, what the compiler cannot do here."""
+    for name in [n for n in calls if n.startswith("compile")]:
+        try:
+            calls[name]()
+        except Exception as error:  # whatever a compiler backend raises
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            del calls[name]
 
 
 def _tail(clock: Clock, case: Case, calls: int = 200) -> dict[str, float]:

@@ -30,8 +30,7 @@ def gru_cell(size: Size, batch: int, compile_peers: bool) -> Case:
 
     peers = {"original": lambda: cell(x, h)}
     if compile_peers:
-        fast = compiled(torch.nn.GRUCell(size.hidden, size.deter).requires_grad_(False))
-        fast.load_state_dict(cell.state_dict())
+        fast = compiled(cell)
         peers["compile"] = lambda: fast(x, h)
     flops = batch * 6.0 * size.deter * (size.hidden + size.deter)
     return Case("gru_cell", size.case(f"B={batch}"), "fp32", ours, peers, errors, flops)

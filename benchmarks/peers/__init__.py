@@ -1,1 +1,1 @@
-"""What diwa is compared with: plain torch modules on the same weights, written from the equations."""
+"""What diwa is compared with: plain torch on the same weights, written from the equations."""
