@@ -183,7 +183,7 @@ def test_any_layout(op, name, layout):
 
 
 @each_argument
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e18], ids=str)
 def test_any_value(op, name, value):
     """NaN stays NaN. With infinities the results agree wherever both are numbers: 0 times infinity
     depends on whether a gate saturates to 0 or to nearly 0."""
