@@ -99,8 +99,7 @@ def _check(
     n = len(cond) if cond.dim() == 2 else -1
     if cond.dim() != 2 or (z_idx is None and cond.shape[1] != f):
         raise ValueError(
-            f"denoise_chain: feature must be [N, {f}], got {list(cond.shape)}; "
-            "or give h and z_idx"
+            f"denoise_chain: feature must be [N, {f}], got {list(cond.shape)}; or give h and z_idx"
         )
     if z_idx is not None:
         if z_idx.dim() != 2 or len(z_idx) != n or z_idx.dtype != torch.int64:
