@@ -139,23 +139,27 @@ class Dream:
 
     def _imagine(self, action: Tensor, uniform: Tensor) -> Tensor:
         """Features `[L, N, F]` of prior steps under actions `[L, N, A]`; sets the state."""
-        rssm, (h, z) = self.world_model.rssm, self.state
-        onehot = z.unflatten(-1, (rssm.stoch_groups, rssm.stoch_classes))
-        fits = h.device.type == "cpu" and h.dtype == torch.float32
-        # before the first reset z is zero, which no class index stands for
-        if (
-            fits
-            and registry.choose("rssm_imagine", h) == "cpu"
-            and bool((onehot.sum(-1) == 1).all())
-        ):
+        rssm = self.world_model.rssm
+        if self._packed():
+            z = self.state.z.unflatten(-1, (rssm.stoch_groups, rssm.stoch_classes))
             _, _, features = self.frozen.imagine(
-                h, onehot.argmax(-1), action, uniform, return_features=True
+                self.state.h, z.argmax(-1), action, uniform, return_features=True
             )
             assert features is not None
             self.state = RSSMState(*features[-1].split([rssm.deter_dim, rssm.stoch_dim], -1))
             return features
-        features = []
+        steps = []
         for a, u in zip(action, uniform, strict=True):
             self.state = rssm.imagine(self.state, a, u)
-            features.append(self.state.feature)
-        return torch.stack(features)
+            steps.append(self.state.feature)
+        return torch.stack(steps)
+
+    def _packed(self) -> bool:
+        """Whether the native operator can go on from here. Before the first reset z is zero, which
+        no class index stands for."""
+        h, z = self.state
+        if h.device.type != "cpu" or h.dtype != torch.float32:
+            return False
+        if registry.choose("rssm_imagine", h) != "cpu":
+            return False
+        return bool((z.sum(-1) == self.world_model.rssm.stoch_groups).all())
