@@ -1,32 +1,11 @@
 // Schema of the posterior scan and its CPU implementation.
-#include <vector>
-
-#include "diwa/binding_tiles.h"
+#include "diwa/binding_rssm.h"
 #include "diwa/rssm_observe.h"
 
 namespace diwa {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-#define DIWA_CHECK(name, ...)                                                                \
-  STD_TORCH_CHECK(name.scalar_type() == ScalarType::Float && has_shape(name, {__VA_ARGS__}), \
-                  "rssm_observe: " #name " must be float32 [" #__VA_ARGS__ "]")
-
-// A weight of `outputs` rows and `inputs` columns in the layout of gemm.h.
-void check_packed(const Tensor& packed, int64_t outputs, int64_t inputs, bool bf16,
-                  const char* name) {
-  const int64_t n = (outputs + 31) / 32 * 32, k = bf16 ? inputs + inputs % 2 : inputs;
-  STD_TORCH_CHECK(packed.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float) &&
-                      packed.dim() == 1 && packed.size(0) == n * k && packed.is_contiguous(),
-                  "rssm_observe: packed ", name, " has the wrong size or dtype");
-}
-
-Tensors contiguous(const Tensors& tensors) {
-  Tensors out;
-  for (const Tensor& t : tensors) out.push_back(contig(t));
-  return out;
-}
+constexpr const char* kName = "rssm_observe";
 
 // packed: w_ih, w_hh, head, out. vectors: cell gain and shift, b_ih, b_hh, head gain and shift, out
 // bias.
@@ -50,17 +29,14 @@ Tensors rssm_observe_fwd_cpu(const Tensor& embed, const Tensor& action, const Te
   DIWA_CHECK(uniform, T, B, S);
   DIWA_CHECK(table, Z, U);
   const bool bf16 = packed[0].scalar_type() == ScalarType::BFloat16;
-  check_packed(packed[0], 3 * H, U, bf16, "w_ih");
-  check_packed(packed[1], 3 * H, H, bf16, "w_hh");
-  check_packed(packed[2], U, H, bf16, "head");
-  check_packed(packed[3], Z, U, bf16, "out");
+  check_packed(kName, "w_ih", packed[0], 3 * H, U, bf16);
+  check_packed(kName, "w_hh", packed[1], 3 * H, H, bf16);
+  check_packed(kName, "head", packed[2], U, H, bf16);
+  check_packed(kName, "out", packed[3], Z, U, bf16);
   const int64_t sizes[] = {U, U, 3 * H, 3 * H, U, U, Z};
   const char* names[] = {"cell_gain", "cell_shift", "b_ih",    "b_hh",
                          "head_gain", "head_shift", "out_bias"};
-  for (size_t i = 0; i < 7; ++i)
-    STD_TORCH_CHECK(
-        vectors[i].scalar_type() == ScalarType::Float && has_shape(vectors[i], {sizes[i]}),
-        "rssm_observe: ", names[i], " must be float32 with ", sizes[i], " values");
+  for (size_t i = 0; i < 7; ++i) check_vector(kName, names[i], vectors[i], sizes[i]);
   const Tensors in = contiguous({embed, action, first, keep, h0, uniform, table});
   const Tensors v = contiguous(vectors);
   const int64_t saved = save ? T : std::min<int64_t>(T, 1);
@@ -132,15 +108,13 @@ Tensors rssm_observe_bwd_cpu(const Tensor& g_h, const Tensor& g_z, const Tensor&
     STD_TORCH_CHECK(
         saved[i].scalar_type() == ScalarType::Float && has_shape(saved[i], {T, B, widths[i]}),
         "rssm_observe: a saved tensor must be float32 [T, B, ", widths[i], "]");
-  for (const Tensor& t : vectors)
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && has_shape(t, {U}),
-                    "rssm_observe: a norm must be float32 [U]");
+  for (const Tensor& t : vectors) check_vector(kName, "a norm", t, U);
   const bool bf16 = packed[0].scalar_type() == ScalarType::BFloat16;
-  check_packed(packed[0], U, Z, bf16, "out");
-  check_packed(packed[1], H, U, bf16, "head");
-  check_packed(packed[2], U, 3 * H, bf16, "w_ih");
-  check_packed(packed[3], H, 3 * H, bf16, "w_hh");
-  check_packed(packed[4], Z, U, bf16, "cell_z");
+  check_packed(kName, "out", packed[0], U, Z, bf16);
+  check_packed(kName, "head", packed[1], H, U, bf16);
+  check_packed(kName, "w_ih", packed[2], U, 3 * H, bf16);
+  check_packed(kName, "w_hh", packed[3], H, 3 * H, bf16);
+  check_packed(kName, "cell_z", packed[4], Z, U, bf16);
   const Tensors in = contiguous({g_h, g_z, g_logits, keep, h0});
   const Tensors s = contiguous(saved), v = contiguous(vectors);
   const auto empty = [&](int64_t width) { return torch::stable::new_empty(in[0], {T, B, width}); };

@@ -1,6 +1,8 @@
 """Drop-in modules: plain nn.Modules with ordinary state_dicts on the fused operators."""
 
 from .diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
+from .frozen import FrozenPolicy
+from .frozen_rssm import FrozenRSSM
 from .gru import GRUCell
 from .heads import RewardClassifier
 from .rssm import RSSM, RSSMState
@@ -8,6 +10,8 @@ from .rssm import RSSM, RSSMState
 __all__ = [
     "DenoisingMLP",
     "DiffusionPolicy",
+    "FrozenPolicy",
+    "FrozenRSSM",
     "GRUCell",
     "NoiseSchedule",
     "RSSM",

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from diwa.nn.frozen_rssm import FrozenRSSM
 from diwa.ops import balanced_kl, onehot_st, rssm_observe
 from diwa.ops.reference import RSSMWeights, rssm_head, rssm_recur
 
@@ -136,6 +137,14 @@ class RSSM(nn.Module):
             self.prior_weights(), self.prior_h(h), self.stoch_groups, self.prior_norm.eps
         )
 
+    def freeze(self, dtype: torch.dtype = torch.float32) -> FrozenRSSM:
+        """The packed inference form, which imagines without gradient and follows this model.
+
+        Args:
+            dtype: float32 or bfloat16, of the packed weights and what they multiply.
+        """
+        return FrozenRSSM(self, dtype)
+
     def imagine(self, state: RSSMState, action: Tensor, uniform: Tensor) -> RSSMState:
         """One prior step.
 
@@ -143,6 +152,8 @@ class RSSM(nn.Module):
             state: N dreams.
             action: `[N, A]`.
             uniform: `[N, S]` in [0, 1), the randomness of the sample.
+
+        Differentiable; `freeze` gives the form for many steps without gradient.
         """
         x = self.cell_z(state.z) + self.cell_a(action)
         h = rssm_recur(self.prior_weights(), state.h, x, self.cell_norm.eps)

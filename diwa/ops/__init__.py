@@ -11,6 +11,7 @@ from .packing import pack_weight
 from .reference_chain import Chain, ChainSteps, Network
 from .reference_rssm import RSSMWeights
 from .registry import BackendError, support_table, use_backend
+from .rssm_imagine import PackedRSSM, pack_rssm, rssm_imagine
 from .rssm_observe import rssm_observe
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ChainSteps",
     "Network",
     "PackedNetwork",
+    "PackedRSSM",
     "RSSMWeights",
     "balanced_kl",
     "chain_log_prob",
@@ -27,7 +29,9 @@ __all__ = [
     "gru_cell",
     "mish",
     "onehot_st",
+    "pack_rssm",
     "pack_weight",
+    "rssm_imagine",
     "rssm_observe",
     "step_table",
     "support_table",
