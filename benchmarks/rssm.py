@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -161,9 +162,10 @@ def rssm_observe(size: Size, frames: int, batch: int, dtype: str, compile_peers:
 
     calls = {"original": peer(original, None), "lean": peer(lean, uniform)}
     skipped = {}
-    if compile_peers and frames <= 50:
-        step = compiled(lambda: peer_loss(lean, uniform))
-        calls["compile lean"] = fwd_bwd([*lean.parameters(), embed], step)
+    if compile_peers:
+        fast = Lean(model)
+        fast.posterior_step = compiled(fast.posterior_step)
+        calls["compile lean step"] = peer(fast, uniform)
     else:
         skipped["compile"] = "not in a quick run"
     flops = frames * batch * size.observe_flops()
@@ -181,7 +183,9 @@ def observe(model: RSSM, dtype: str, *arguments: Any) -> Any:
     """
     if dtype == "fp32":
         return model.observe(*arguments)
-    raise Skip("diwa.nn.RSSM.observe takes no dtype")
+    if "dtype" not in inspect.signature(model.observe).parameters:
+        raise Skip("diwa.nn.RSSM.observe takes no dtype")
+    return model.observe(*arguments, dtype=torch.bfloat16)
 
 
 def _gradients(model: Any) -> list[Tensor]:

@@ -87,15 +87,24 @@ class Lean(_Recurrent):
         e, a = self.post_e(embed), self.cell_a(action)
         hs, zs, logits = [], [], []
         for t in range(len(embed)):
-            h, z = h * keep[t], z * keep[t]
-            h = self.gru(F.elu(self.cell_norm(self.cell_z(z) + a[t])), h)
-            post = self.split(self.post_out(F.elu(self.post_norm(self.post_h(h) + e[t]))))
-            z = self.sample(post, None if uniforms is None else uniforms[t])
+            u = torch.rand(*z.shape[:1], self.groups) if uniforms is None else uniforms[t]
+            h, z, post = self.posterior_step(h * keep[t], z * keep[t], a[t], e[t], u)
             hs.append(h)
             zs.append(z)
             logits.append(post)
         h = torch.stack(hs)
         return h, torch.stack(zs), torch.stack(logits), self.split(self.prior(h))
+
+    def posterior_step(
+        self, h: Tensor, z: Tensor, action: Tensor, embed: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h, z and posterior logits after one frame; action and embed are projections.
+
+        What torch.compile gets: a whole sequence takes it many minutes.
+        """
+        h = self.gru(F.elu(self.cell_norm(self.cell_z(z) + action)), h)
+        post = self.split(self.post_out(F.elu(self.post_norm(self.post_h(h) + embed))))
+        return h, self.sample(post, uniform), post
 
     def kl(self, post: Tensor, prior: Tensor, balance: float) -> Tensor:
         """Balanced KL `[T, B]`."""
