@@ -14,6 +14,8 @@ half the bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +63,8 @@ class PackedNetwork:
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
         hidden = tuple((w.detach(), b.detach()) for w, b in network.hidden)
-        tensors = {k: v.detach() for k, v in network._asdict().items() if isinstance(v, Tensor)}
+        values = network._asdict().items()
+        tensors: dict[str, Any] = {k: v.detach() for k, v in values if isinstance(v, Tensor)}
         self.network = network._replace(hidden=hidden, **tensors)
         self.dtype = dtype
         self._forms: dict[int, list[Tensor]] = {}
