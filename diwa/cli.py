@@ -41,6 +41,7 @@ COMMANDS = {
     "evaluate": "6. success before and after, in the simulator",
     "report": "7. table, plots, videos and a page that shows them",
     "compare": "base policy, DiWA and the online baseline of several runs, as a table",
+    "bench": "speed of the operators on this machine, against plain torch and others",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {
@@ -159,6 +160,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(show())
         return 0
+    if command == "bench":
+        from .bench import main as bench
+
+        return bench(rest)
     return _run(command, parse(command, rest))
 
 
