@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("gymnasium", reason="the baseline acts in the simulator")
+gymnasium = pytest.importorskip("gymnasium", reason="the baseline acts in the simulator")
 pytest.importorskip("pybullet", reason="the baseline acts in the simulator")
 
 from diwa.agent import save_policy, save_world_model
@@ -15,6 +15,7 @@ from diwa.cli import main
 from diwa.compare import steps_to_match
 from diwa.config import PRESETS, OnlineConfig, WorldModelConfig
 from diwa.envs.online import OnlineEnv
+from diwa.envs.queue import StartQueue
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.world_model import WorldModel
 from diwa.phases.collect import save_starts
@@ -110,3 +111,16 @@ def test_steps_to_match():
 def test_online_belongs_to_finetune(capsys):
     assert main(["pretrain", "--online"]) == 2
     assert "diwa finetune" in capsys.readouterr().err
+
+
+def test_start_queue_hands_out_its_starts_in_order():
+    class Recorder(gymnasium.Env):
+        def reset(self, *, seed=None, options=None):
+            return options, {}
+
+    starts = {"robot_obs": np.arange(4)[:, None], "scene_obs": 10 * np.arange(4)[:, None]}
+    env = StartQueue(Recorder(), starts, [2, 0])
+    seen = [env.reset(options={"extra": 1}) for _ in range(3)]
+    assert [info["start_index"] for _, info in seen] == [2, 0, 0]
+    assert [obs["scene_obs"].item() for obs, _ in seen] == [20, 0, 0]
+    assert seen[0][0]["extra"] == 1
