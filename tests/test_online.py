@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-gymnasium = pytest.importorskip("gymnasium", reason="the baseline acts in the simulator")
+pytest.importorskip("gymnasium", reason="the baseline acts in the simulator")
 pytest.importorskip("pybullet", reason="the baseline acts in the simulator")
 
 from diwa.agent import save_policy, save_world_model
@@ -114,6 +114,8 @@ def test_online_belongs_to_finetune(capsys):
 
 
 def test_start_queue_hands_out_its_starts_in_order():
+    import gymnasium
+
     class Recorder(gymnasium.Env):
         def reset(self, *, seed=None, options=None):
             return options, {}
