@@ -15,8 +15,8 @@ from .harness import Case, GateError, Skip, native_bf16
 from .inputs import Size, chain_noise, compiled, fwd_bwd, latents, policies
 from .peers.chain import ConcatNet, Hoisted, Needed, Original, discount_loop
 
-# Float32: diwa's promise. Bfloat16 rounds every activation to 2^-8 of itself, and the noisiest steps
-# multiply the network's error by q, up to 40, before the clamp to [-1, 1].
+# Float32: diwa's promise. Bfloat16 rounds every activation to 2^-8 of itself, and the noisiest
+# steps multiply the network's error by q, up to 40, before the clamp to [-1, 1].
 BOUND = {"fp32": 1e-5, "mixed": 0.1, "bf16": 0.1}
 NO_BF16 = "torch has no native bfloat16 products on this processor"
 

@@ -62,6 +62,17 @@ class Iteration:
         self.tuner = Finetuner(self.config, self.world_model, self.base, success, starts)
         self.published = Published(self)
 
+    def dream_in_bf16(self) -> None:
+        """Imagined steps and frozen denoising steps in bfloat16, tuned ones in float32.
+
+        Raises:
+            Skip: this version of diwa fine-tunes in float32 only.
+        """
+        if not (hasattr(self.tuner.dream, "frozen") and hasattr(self.base, "_sampler")):
+            raise Skip("diwa fine-tunes in float32 only")
+        self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
+        self.base._sampler = self.base.freeze(torch.bfloat16)
+
     def parts(self) -> dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]]:
         """Part -> repetitions in an iteration, diwa's call, the original's."""
         one = self.tuner.rollout()
@@ -136,6 +147,18 @@ def paper_config() -> Config:
     return dataclasses.replace(PRESETS["paper"], device="cpu")
 
 
+def tiny_config() -> Config:
+    """Of the tests: nothing to be timed."""
+    c = dataclasses.replace(PRESETS["tiny"].finetune, n_chunks=2, minibatches=1)
+    return dataclasses.replace(PRESETS["tiny"], finetune=c)
+
+
+def case(config: Config) -> str:
+    """Case name: dreams x chunks x actions, epochs."""
+    c = config.finetune
+    return f"{c.n_dreams}x{c.n_chunks}x{config.policy.chunk},epochs={c.update_epochs}"
+
+
 def flops(size: Size, c: Any) -> float:
     """Of one iteration: chains, prior steps and updates; heads and critic are not counted."""
     states = c.n_dreams * c.n_chunks
@@ -145,13 +168,17 @@ def flops(size: Size, c: Any) -> float:
     return states * (chain + size.chunk * size.step_flops() + c.update_epochs * update)
 
 
-def finetune_iteration(size: Size, config: Config, dtype: str) -> Sum:
+def finetune_iteration(size: Size, config: Config, dtype: str, compile_peers: bool) -> Sum:
     """Both forms of an iteration; `dtype` is that of imagination and sampling of frozen steps.
 
     Raises:
         Skip: this version of diwa fine-tunes in float32 only.
+
+    Nothing is compiled: the loop is Python, and its parts have cases of their own.
     """
-    it = Iteration(_with_dtype(config, dtype))
+    it = Iteration(config)
+    if dtype == "mixed":
+        it.dream_in_bf16()
 
     def errors() -> tuple[float, float, float]:
         """Of the old log-probabilities of a rollout, before any update."""
@@ -167,12 +194,11 @@ def finetune_iteration(size: Size, config: Config, dtype: str) -> Sum:
         return error, eager, max(2 * eager, 1e-3)
 
     c = config.finetune
-    name = f"{c.n_dreams}x{c.n_chunks}x{config.policy.chunk},epochs={c.update_epochs}"
     parts = {
         part: (repetitions, {"diwa": ours, "original": original, "plain torch": _plain(ours)})
         for part, (repetitions, ours, original) in it.parts().items()
     }
-    return Sum("finetune_iteration", size.case(name), dtype, parts, errors, flops(size, c))
+    return Sum("finetune_iteration", size.case(case(config)), dtype, parts, errors, flops(size, c))
 
 
 def _plain(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -183,9 +209,3 @@ def _plain(call: Callable[[], Any]) -> Callable[[], Any]:
             return call()
 
     return run
-
-
-def _with_dtype(config: Config, dtype: str) -> Config:
-    if dtype == "fp32":
-        return config
-    raise Skip("diwa fine-tunes in float32 only")
