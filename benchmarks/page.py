@@ -132,10 +132,11 @@ def bf16_note(result: dict[str, Any]) -> str:
     if result["details"]["native_bf16"]:
         return "torch's bfloat16 products are native here and among the peers."
     return (
-        "This processor has no bfloat16 arithmetic: bf16 items run diwa's generic path, which reads "
-        "half the bytes and multiplies in float32; torch's bfloat16 has no native products here and "
-        "is no peer, so bf16 items are compared with the float32 peers and held against the float32 "
-        "roof. The AVX512_BF16 path was **not measured**, and nothing is claimed of its speed."
+        "This processor has no bfloat16 arithmetic. bf16 items run diwa's generic path, which "
+        "reads half the bytes and multiplies in float32; torch's own bfloat16 has no native "
+        "products here and is no peer. So bf16 items are compared with the float32 peers and held "
+        "against the float32 roof. The AVX512_BF16 path was **not measured**, and nothing is "
+        "claimed of its speed."
     )
 
 
