@@ -101,8 +101,8 @@ def main(iterations: int = 25, clone_steps: int = 2500, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     envs, start = Pendulums(seed), time.perf_counter()
     base = DiffusionPolicy(cond_dim=3, config=CONFIG, action_dim=1)
-    demonstrations = [torch.cat(part) for part in zip(*(demonstrate(envs) for _ in range(3)))]
-    clone(base, *demonstrations, clone_steps)
+    episodes = [demonstrate(envs) for _ in range(3)]
+    clone(base, *(torch.cat(part) for part in zip(*episodes, strict=True)), clone_steps)
     base.requires_grad_(False)
     actor = copy.deepcopy(base).requires_grad_(True)
     critic = nn.Sequential(nn.Linear(3, 128), nn.Mish(), nn.Linear(128, 128), nn.Mish())
