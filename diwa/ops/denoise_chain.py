@@ -14,6 +14,8 @@ half the bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,7 +62,10 @@ class PackedNetwork:
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
-        self.network = Network(*(t.detach() if isinstance(t, Tensor) else t for t in network))
+        hidden = tuple((w.detach(), b.detach()) for w, b in network.hidden)
+        values = network._asdict().items()
+        tensors: dict[str, Any] = {k: v.detach() for k, v in values if isinstance(v, Tensor)}
+        self.network = network._replace(hidden=hidden, **tensors)
         self.dtype = dtype
         self._forms: dict[int, list[Tensor]] = {}
 
@@ -177,12 +182,12 @@ def denoise_chain(
     cond = feature if feature is not None else h
     assert cond is not None
     base = tuned if base is None else base
-    nets = [n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base)]
-    _check(*nets, cond, z_idx, noise, ft_steps)
+    net, base_net = (n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base))
+    _check(net, base_net, cond, z_idx, noise, ft_steps)
     if registry.choose("denoise_chain", noise, backend) == "reference":
         if z_idx is not None:
-            cond = reference.one_hot_feature(cond, z_idx, nets[0].cond_in.shape[1] - cond.shape[1])
-        return reference.denoise_chain(*nets, cond, noise, steps, ft_steps, clip_noise)
+            cond = reference.one_hot_feature(cond, z_idx, net.cond_in.shape[1] - cond.shape[1])
+        return reference.denoise_chain(net, base_net, cond, noise, steps, ft_steps, clip_noise)
     packed = PackedNetwork(tuned) if isinstance(tuned, Network) else tuned
     frozen = PackedNetwork(base) if isinstance(base, Network) else base
     if base is tuned:
@@ -198,6 +203,6 @@ def denoise_chain(
         0 if frozen is packed else len(steps.p) - ft_steps,
         ft_steps,
         clip_noise,
-        nets[0].residual,
+        net.residual,
     )
     return Chain(*out)
