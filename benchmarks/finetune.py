@@ -60,18 +60,9 @@ class Iteration:
         }
         success = ClassifierSuccess(self.head, config.reward.threshold)
         self.tuner = Finetuner(self.config, self.world_model, self.base, success, starts)
+        if getattr(small, "frozen_dtype", "float32") == "bfloat16":
+            self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
         self.published = Published(self)
-
-    def dream_in_bf16(self) -> None:
-        """Imagined steps and frozen denoising steps in bfloat16, tuned ones in float32.
-
-        Raises:
-            Skip: this version of diwa fine-tunes in float32 only.
-        """
-        if not (hasattr(self.tuner.dream, "frozen") and hasattr(self.base, "_sampler")):
-            raise Skip("diwa fine-tunes in float32 only")
-        self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
-        self.base._sampler = self.base.freeze(torch.bfloat16)
 
     def parts(self) -> dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]]:
         """Part -> repetitions in an iteration, diwa's call, the original's."""
@@ -169,16 +160,21 @@ def flops(size: Size, c: Any) -> float:
 
 
 def finetune_iteration(size: Size, config: Config, dtype: str, compile_peers: bool) -> Sum:
-    """Both forms of an iteration; `dtype` is that of imagination and sampling of frozen steps.
+    """Both forms of an iteration.
+
+    `mixed`: imagined steps and frozen denoising steps in bfloat16, the tuned ones in float32.
 
     Raises:
         Skip: this version of diwa fine-tunes in float32 only.
 
     Nothing is compiled: the loop is Python, and its parts have cases of their own.
     """
-    it = Iteration(config)
+    c = config.finetune
     if dtype == "mixed":
-        it.dream_in_bf16()
+        if not hasattr(c, "frozen_dtype"):
+            raise Skip("diwa fine-tunes in float32 only")
+        c = dataclasses.replace(c, frozen_dtype="bfloat16")
+    it = Iteration(dataclasses.replace(config, finetune=c))
 
     def errors() -> tuple[float, float, float]:
         """Of the old log-probabilities of a rollout, before any update."""
@@ -193,7 +189,6 @@ def finetune_iteration(size: Size, config: Config, dtype: str, compile_peers: bo
         # A log-probability divides by deviations of 0.1, an error of 1e-5 in the chain by as much.
         return error, eager, max(2 * eager, 1e-3)
 
-    c = config.finetune
     parts = {
         part: (repetitions, {"diwa": ours, "original": original, "plain torch": _plain(ours)})
         for part, (repetitions, ours, original) in it.parts().items()
