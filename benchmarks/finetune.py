@@ -60,6 +60,8 @@ class Iteration:
         }
         success = ClassifierSuccess(self.head, config.reward.threshold)
         self.tuner = Finetuner(self.config, self.world_model, self.base, success, starts)
+        if getattr(small, "frozen_dtype", "float32") == "bfloat16":
+            self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
         self.published = Published(self)
 
     def parts(self) -> dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]]:
@@ -136,6 +138,18 @@ def paper_config() -> Config:
     return dataclasses.replace(PRESETS["paper"], device="cpu")
 
 
+def tiny_config() -> Config:
+    """Of the tests: nothing to be timed."""
+    c = dataclasses.replace(PRESETS["tiny"].finetune, n_chunks=2, minibatches=1)
+    return dataclasses.replace(PRESETS["tiny"], finetune=c)
+
+
+def case(config: Config) -> str:
+    """Case name: dreams x chunks x actions, epochs."""
+    c = config.finetune
+    return f"{c.n_dreams}x{c.n_chunks}x{config.policy.chunk},epochs={c.update_epochs}"
+
+
 def flops(size: Size, c: Any) -> float:
     """Of one iteration: chains, prior steps and updates; heads and critic are not counted."""
     states = c.n_dreams * c.n_chunks
@@ -145,13 +159,22 @@ def flops(size: Size, c: Any) -> float:
     return states * (chain + size.chunk * size.step_flops() + c.update_epochs * update)
 
 
-def finetune_iteration(size: Size, config: Config, dtype: str) -> Sum:
-    """Both forms of an iteration; `dtype` is that of imagination and sampling of frozen steps.
+def finetune_iteration(size: Size, config: Config, dtype: str, compile_peers: bool) -> Sum:
+    """Both forms of an iteration.
+
+    `mixed`: imagined steps and frozen denoising steps in bfloat16, the tuned ones in float32.
 
     Raises:
         Skip: this version of diwa fine-tunes in float32 only.
+
+    Nothing is compiled: the loop is Python, and its parts have cases of their own.
     """
-    it = Iteration(_with_dtype(config, dtype))
+    c = config.finetune
+    if dtype == "mixed":
+        if not hasattr(c, "frozen_dtype"):
+            raise Skip("diwa fine-tunes in float32 only")
+        c = dataclasses.replace(c, frozen_dtype="bfloat16")
+    it = Iteration(dataclasses.replace(config, finetune=c))
 
     def errors() -> tuple[float, float, float]:
         """Of the old log-probabilities of a rollout, before any update."""
@@ -166,13 +189,11 @@ def finetune_iteration(size: Size, config: Config, dtype: str) -> Sum:
         # A log-probability divides by deviations of 0.1, an error of 1e-5 in the chain by as much.
         return error, eager, max(2 * eager, 1e-3)
 
-    c = config.finetune
-    name = f"{c.n_dreams}x{c.n_chunks}x{config.policy.chunk},epochs={c.update_epochs}"
     parts = {
         part: (repetitions, {"diwa": ours, "original": original, "plain torch": _plain(ours)})
         for part, (repetitions, ours, original) in it.parts().items()
     }
-    return Sum("finetune_iteration", size.case(name), dtype, parts, errors, flops(size, c))
+    return Sum("finetune_iteration", size.case(case(config)), dtype, parts, errors, flops(size, c))
 
 
 def _plain(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -183,9 +204,3 @@ def _plain(call: Callable[[], Any]) -> Callable[[], Any]:
             return call()
 
     return run
-
-
-def _with_dtype(config: Config, dtype: str) -> Config:
-    if dtype == "fp32":
-        return config
-    raise Skip("diwa fine-tunes in float32 only")

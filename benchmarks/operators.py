@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from diwa.ops import support_table
+
 from . import chain, finetune, pointwise, rssm
 from .harness import Case, Clock, GateError, Roof, Settings, Skip, Sum, measure, meta, native_bf16
 from .inputs import COMPACT, PAPER, TINY, Size
@@ -92,14 +94,33 @@ def _of_size(size: Size) -> Iterator[Entry]:
         for dtype in ("fp32", "bf16"):
             case = f"T={frames},B={b}"
             yield entry("rssm_observe", case, dtype, rssm.rssm_observe, frames, b, dtype)
-    if size is PAPER:
-        for dtype in ("fp32", "mixed"):
-            yield Entry(
-                "finetune_iteration",
-                "50x36x4,epochs=10",
-                dtype,
-                lambda _, d=dtype: finetune.finetune_iteration(size, finetune.paper_config(), d),
-            )
+    config = finetune.paper_config() if size is PAPER else finetune.tiny_config()
+    for dtype in ("fp32", "mixed"):
+        build = finetune.finetune_iteration
+        yield entry("finetune_iteration", finetune.case(config), dtype, build, config, dtype)
+
+
+NEEDS = {
+    "rollout_logprob": "denoise_chain",
+    "policy_inference": "denoise_chain",
+    "finetune_iteration": "denoise_chain",
+}
+"""Operator behind an item, where it has another name."""
+
+
+def check_native(op: str) -> None:
+    """diwa's own side must run on a compiled operator: plain torch would be timed against itself.
+
+    Raises:
+        Skip: the reason why it does not.
+    """
+    name = NEEDS.get(op, op)
+    for row in support_table():
+        if row["op"] == name and row["backend"] == "cpu":
+            if not row["available"]:
+                raise Skip(str(row["reason"]))
+            return
+    raise Skip(f"diwa.ops.{name} has no compiled variant")
 
 
 def run(
@@ -132,6 +153,7 @@ def run(
         start = time.perf_counter()
         torch._dynamo.reset()
         try:
+            check_native(entry.op)
             case = entry.build(settings.compile)
             roof = roofs.get("bf16" if entry.dtype == "bf16" else "fp32", roofs["fp32"])
             item, detail = measure(case, settings, roof)

@@ -24,7 +24,7 @@ from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_l
 
 ENVS, CHUNKS, CHUNK = 32, 50, 4  # an episode has 200 steps
 FT_STEPS = 5
-CONFIG = PolicyConfig(chunk=CHUNK, denoising_steps=10, width=64)
+CONFIG = PolicyConfig(chunk=CHUNK, denoising_steps=10, width=128)
 
 
 class Pendulums:
@@ -74,7 +74,7 @@ def demonstrate(envs: Pendulums) -> tuple[Tensor, Tensor]:
 
 def clone(policy: DiffusionPolicy, obs: Tensor, chunk: Tensor, steps: int) -> None:
     """Behaviour cloning."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(len(obs), (256,))
         step = torch.randint(CONFIG.denoising_steps, (256,))
@@ -96,21 +96,22 @@ def episode(envs: Pendulums, actor: DiffusionPolicy, base: DiffusionPolicy, expl
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def main(iterations: int = 40, clone_steps: int = 1500, seed: int = 0) -> dict:
+def main(iterations: int = 25, clone_steps: int = 2500, seed: int = 0) -> dict:
     """Clone, fine-tune and report; returns the mean returns before and after."""
     torch.manual_seed(seed)
     envs, start = Pendulums(seed), time.perf_counter()
     base = DiffusionPolicy(cond_dim=3, config=CONFIG, action_dim=1)
-    clone(base, *demonstrate(envs), clone_steps)
+    episodes = [demonstrate(envs) for _ in range(3)]
+    clone(base, *(torch.cat(part) for part in zip(*episodes, strict=True)), clone_steps)
     base.requires_grad_(False)
     actor = copy.deepcopy(base).requires_grad_(True)
     critic = nn.Sequential(nn.Linear(3, 128), nn.Mish(), nn.Linear(128, 128), nn.Mish())
     critic.append(nn.Linear(128, 1))
     optimizer = torch.optim.AdamW(
-        [{"params": actor.parameters(), "lr": 5e-4}, {"params": critic.parameters(), "lr": 2e-3}]
+        [{"params": actor.parameters(), "lr": 1e-3}, {"params": critic.parameters(), "lr": 2e-3}]
     )
     discount = denoising_discount(FT_STEPS, 0.99)
-    clip = clip_schedule(FT_STEPS, coef=0.1, base=0.01, rate=3.0)
+    clip = clip_schedule(FT_STEPS, coef=0.2, base=0.02, rate=3.0)
     before = episode(envs, actor, base, explore=False)[-1].sum(0).mean().item()
     done = torch.zeros(CHUNKS, ENVS)
     done[-1] = 1.0  # cut by the time limit, not terminated: the value goes on
@@ -119,7 +120,7 @@ def main(iterations: int = 40, clone_steps: int = 1500, seed: int = 0) -> dict:
         with torch.no_grad():
             values = critic(obs)[..., 0], critic(after)[..., 0]
             terminated = torch.zeros_like(done)
-            advantage, returns = gae(reward / 20, *values, terminated, done, 0.95, 0.95)
+            advantage, returns = gae(reward / 20, *values, terminated, done, 0.97, 0.95)
         data = [x.flatten(0, 1) for x in (obs, chain, old, advantage, returns)]
         for _ in range(5):
             for rows in torch.randperm(CHUNKS * ENVS).chunk(4):
@@ -141,7 +142,7 @@ def main(iterations: int = 40, clone_steps: int = 1500, seed: int = 0) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune a diffusion policy on Pendulum-v1.")
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # small layers: more threads only wait for each other

@@ -106,15 +106,19 @@ def test_failed_and_skipped_items_are_named():
     def missing(_):
         raise harness.Skip("not there")
 
-    entries = [operators.Entry("a", "x", "fp32", b) for b in (wrong, missing)]
+    entries = [operators.Entry("mish", "x", "fp32", b) for b in (wrong, missing)]
+    entries.append(operators.Entry("onehot_st", "x", "fp32", wrong))
     result = operators.run(entries, FAST, lambda _: None)
     assert result["items"] == []
     assert "above" in result["details"]["failed"][0]["reason"]
-    assert result["details"]["skipped"] == [{"item": "a x fp32", "reason": "not there"}]
+    assert result["details"]["skipped"] == [
+        {"item": "mish x fp32", "reason": "not there"},
+        {"item": "onehot_st x fp32", "reason": "diwa.ops.onehot_st has no compiled variant"},
+    ]
 
 
 def test_ratios_see_work(roof):
-    """Ten times the work takes several times as long; the best peer is the quickest one."""
+    """More work takes longer, far more than a busy machine adds; the best peer is the quickest."""
     a = torch.randn(64, 64)
 
     def work(n):
@@ -124,9 +128,9 @@ def test_ratios_see_work(roof):
 
         return call
 
-    peers = {"original": work(40), "compile x": work(20)}
+    peers = {"original": work(200), "compile x": work(20)}
     item, _ = harness.measure(_case(work(2), **peers), FAST, roof)
-    assert item["vs_original"] > 4 and item["vs_original"] > item["vs_best_compile"] > 2
+    assert item["vs_original"] > item["vs_best_compile"] > 1.5
     assert item["best_peer"] == "compile x" and item["vs_best_peer"] == item["vs_best_compile"]
 
 
@@ -171,7 +175,7 @@ def test_comparison_needs_a_common_item():
 
 
 def test_command_writes_a_result_file(tmp_path, monkeypatch, capsys):
-    one = [operators.Entry("op", "B=1", "fp32", lambda _: _case(), True)]
+    one = [operators.Entry("mish", "B=1", "fp32", lambda _: _case(), True)]
     monkeypatch.setattr(operators, "entries", lambda: one)
     out = tmp_path / "results" / "cpu.json"
     assert cli.main(["bench", "--quick", "--out", str(out)]) == 0
@@ -182,7 +186,9 @@ def test_command_writes_a_result_file(tmp_path, monkeypatch, capsys):
     again = ["bench", "--quick", "--compare", str(out)]
     assert cli.main(again) in (0, 1)
     assert "speed-up over the original" in capsys.readouterr().out
-    monkeypatch.setattr(operators, "entries", lambda: [one[0].__class__("op", "B=1", "fp32", None)])
+    monkeypatch.setattr(
+        operators, "entries", lambda: [one[0].__class__("mish", "B=1", "fp32", None)]
+    )
     assert cli.main(["bench", "--only", "nothing"]) == cli.USAGE_ERROR
 
 

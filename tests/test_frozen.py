@@ -2,14 +2,19 @@
 
 import copy
 import dataclasses
+import doctest
 import math
 import pickle
 
 import pytest
 import torch
+from test_ppo import bandit
 
+import diwa.nn.diffusion
+from diwa.agent import Agent
 from diwa.config import PolicyConfig
 from diwa.nn.diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
+from diwa.nn.rssm import RSSMState
 from diwa.ops import use_backend
 from diwa.rl.ppo import chunk_log_prob, clip_schedule
 
@@ -187,6 +192,38 @@ def test_mixed_precision_touches_only_the_steps_it_should():
     assert torch.equal(half.chain[:, 0], exact.chain[:, 0])
 
 
+@torch.no_grad()
+def test_fine_tuning_and_the_agent_sample_through_the_fused_path():
+    """Rollouts and evaluation, fused and on the reference, from the same noise."""
+    chunks, chains = [], []
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            tuner = bandit()
+            tuner.actor.net.out.bias.add_(0.1)
+            r = tuner.rollout()
+            chains.append(r.chain[0])
+            new = chunk_log_prob(tuner.actor.chain_log_prob(r.feature[0], r.chain[0]))
+            torch.testing.assert_close(
+                (new - r.log_prob[0]).exp(), torch.ones_like(new), rtol=0, atol=1e-5
+            )
+            agent = Agent(tuner.world_model, tuner.actor, tuner.base, KF)
+            noise = tuner.actor.noise(128, torch.Generator().manual_seed(1))
+            state = RSSMState(*(torch.ones_like(t) for t in tuner.dream.state))
+            chunks.append(agent.act(state, noise))
+    torch.testing.assert_close(*chains, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*chunks, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_ratio_of_a_rollout_is_one(frozen_dtype):
+    tuner = bandit(frozen_dtype=frozen_dtype)
+    r = tuner.rollout()
+    feature, chain, old = (x.flatten(0, 1) for x in (r.feature, r.chain, r.log_prob))
+    new = chunk_log_prob(tuner.actor.chain_log_prob(feature, chain))
+    torch.testing.assert_close((new - old).exp(), torch.ones_like(old), atol=1e-5, rtol=0)
+
+
 def test_state_dict_of_the_default_network_is_unchanged():
     keys = ["chunk_in.weight", "time_in.weight", "cond_in.weight", "cond_in.bias"]
     keys += [f"{m}.{p}" for m in ("hidden1", "hidden2", "out") for p in ("weight", "bias")]
@@ -204,6 +241,11 @@ def test_plain_mlp_is_dppo_s():
         y = layer(torch.nn.functional.mish(y))
     out = net(x, net.time_table()[t], net.cond_in(feature))
     torch.testing.assert_close(out, y, rtol=1e-5, atol=1e-5)  # sums in another order
+
+
+def test_docstring_of_the_module():
+    result = doctest.testmod(diwa.nn.diffusion)
+    assert result.attempted and not result.failed
 
 
 def test_odd_residual_network_is_refused():

@@ -132,6 +132,19 @@ class DenoisingMLP(nn.Module):
     The first layer is kept in three parts (chunk, time, condition), so that the condition part
     runs once per state.
 
+    Equivalent to:
+
+    >>> import torch, diwa.nn
+    >>> import torch.nn.functional as F
+    >>> net = diwa.nn.DenoisingMLP(chunk_dim=6, cond_dim=10, width=16, denoising_steps=5)
+    >>> x, t, cond = torch.randn(4, 6), torch.tensor([0, 1, 3, 4]), torch.randn(4, 10)
+    >>> first = torch.cat([net.chunk_in.weight, net.time_in.weight, net.cond_in.weight], 1)
+    >>> rows = torch.cat([x, net.time(net.sinusoid[t]), cond], 1)
+    >>> y = F.linear(rows, first, net.cond_in.bias)
+    >>> y = net.out(y + net.hidden2(F.mish(net.hidden1(F.mish(y)))))
+    >>> torch.allclose(net(x, net.time_table()[t], net.cond_in(cond)), y, atol=1e-5)
+    True
+
     Args:
         chunk_dim: L * A numbers of an action chunk.
         cond_dim: F.
@@ -210,6 +223,22 @@ class DenoisingMLP(nn.Module):
 
 class DiffusionPolicy(nn.Module):
     """Denoising diffusion policy pi(chunk | feature).
+
+    Equivalent to (evaluation, one network for all steps):
+
+    >>> import torch, diwa.nn
+    >>> from diwa.config import PolicyConfig
+    >>> policy = diwa.nn.DiffusionPolicy(16, PolicyConfig(width=32))
+    >>> net, s = policy.net, policy.schedule
+    >>> feature, noise = torch.randn(2, 16), torch.randn(21, 2, 4, 7)
+    >>> x, std = noise[0].flatten(1), s.evaluation_std()
+    >>> for t in reversed(range(20)):
+    ...     eps = net(x, net.time_table()[t], net.cond_in(feature))
+    ...     mean = s.c1[t] * (s.p[t] * x - s.q[t] * eps).clamp(-1, 1) + s.c2[t] * x
+    ...     x = mean + std[t] * noise[20 - t].flatten(1).clamp(-3, 3)
+    >>> chunk = policy.sample(feature, noise).chunk
+    >>> torch.allclose(chunk.flatten(1), x, atol=1e-4)
+    True
 
     Args:
         cond_dim: F.
