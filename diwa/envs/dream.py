@@ -11,6 +11,7 @@ from diwa.envs.tasks import RULES, check_task
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState, sample_onehot
 from diwa.nn.world_model import WorldModel
+from diwa.ops import registry
 
 
 class SuccessFunction(Protocol):
@@ -57,6 +58,7 @@ class Dream:
         n: dreams N.
         max_episode_steps: low-level steps after which an episode is truncated.
         per_step_reward: judge every latent of a chunk instead of only the last.
+        dtype: float32 or bfloat16, of the weights that imagine on a CPU (`RSSM.freeze`).
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Dream:
         n: int,
         max_episode_steps: int,
         per_step_reward: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.world_model, self.success, self.n = world_model, success, n
         self.max_episode_steps, self.per_step_reward = max_episode_steps, per_step_reward
@@ -77,6 +80,7 @@ class Dream:
         self.state = world_model.rssm.initial(n, device)
         self.scene_start = scene_obs.new_zeros(n, scene_obs.shape[-1])
         self.elapsed = torch.zeros(n, device=device)
+        self.frozen = world_model.rssm.freeze(dtype)
 
     @torch.no_grad()
     def _encode_starts(self, robot_obs: Tensor, scene_obs: Tensor) -> None:
@@ -126,11 +130,36 @@ class Dream:
             both bool `[N]`.
         """
         terminated = torch.zeros(self.n, dtype=torch.bool, device=action.device)
-        last = action.shape[1] - 1
-        for i in range(action.shape[1]):
-            self.state = self.world_model.rssm.imagine(self.state, action[:, i], uniform[i])
-            if self.per_step_reward or i == last:
-                terminated |= self.success(self.state.feature, self.scene_start)
+        states = self._imagine(action.transpose(0, 1), uniform)
+        for feature in states if self.per_step_reward else states[-1:]:
+            terminated |= self.success(feature, self.scene_start)
         self.elapsed = self.elapsed + action.shape[1]
         truncated = (self.elapsed >= self.max_episode_steps) & ~terminated
-        return self.state.feature, terminated, truncated
+        return states[-1], terminated, truncated
+
+    def _imagine(self, action: Tensor, uniform: Tensor) -> Tensor:
+        """Features `[L, N, F]` of prior steps under actions `[L, N, A]`; sets the state."""
+        rssm = self.world_model.rssm
+        if self._packed():
+            z = self.state.z.unflatten(-1, (rssm.stoch_groups, rssm.stoch_classes))
+            _, _, features = self.frozen.imagine(
+                self.state.h, z.argmax(-1), action, uniform, return_features=True
+            )
+            assert features is not None
+            self.state = RSSMState(*features[-1].split([rssm.deter_dim, rssm.stoch_dim], -1))
+            return features
+        steps = []
+        for a, u in zip(action, uniform, strict=True):
+            self.state = rssm.imagine(self.state, a, u)
+            steps.append(self.state.feature)
+        return torch.stack(steps)
+
+    def _packed(self) -> bool:
+        """Whether the native operator can go on from here. Before the first reset z is zero, which
+        no class index stands for."""
+        h, z = self.state
+        if h.device.type != "cpu" or h.dtype != torch.float32:
+            return False
+        if registry.choose("rssm_imagine", h) != "cpu":
+            return False
+        return bool((z.sum(-1) == self.world_model.rssm.stoch_groups).all())

@@ -6,8 +6,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+from diwa.nn.frozen_rssm import FrozenRSSM
+from diwa.ops import balanced_kl, onehot_st, rssm_observe
+from diwa.ops.reference import RSSMWeights, rssm_head, rssm_recur
+
+__all__ = ["RSSM", "Posterior", "RSSMState", "balanced_kl", "sample_onehot"]
+
+sample_onehot = onehot_st
 
 
 class RSSMState(NamedTuple):
@@ -39,42 +46,6 @@ class Posterior(NamedTuple):
     h: Tensor
     z: Tensor
     logits: Tensor
-
-
-def sample_onehot(logits: Tensor, uniform: Tensor, *, unimix: float = 0.0) -> Tensor:
-    """Straight-through sample of categoricals by inverse CDF.
-
-    Args:
-        logits: `[..., S, C]`.
-        uniform: `[..., S]` in [0, 1): class = number of cumulative probabilities <= uniform.
-        unimix: share of the uniform distribution mixed in.
-
-    Returns:
-        `[..., S * C]`: one-hot forward, gradient of the probabilities.
-    """
-    probs = logits.float().softmax(-1)
-    if unimix:
-        probs = (1 - unimix) * probs + unimix / probs.shape[-1]
-    below = (probs.cumsum(-1) <= uniform[..., None]).sum(-1)
-    index = below.clamp(max=probs.shape[-1] - 1)
-    onehot = torch.zeros_like(probs).scatter_(-1, index[..., None], 1.0)
-    return (onehot + (probs - probs.detach())).flatten(-2)
-
-
-def balanced_kl(post: Tensor, prior: Tensor, balance: float) -> tuple[Tensor, Tensor]:
-    """KL of posterior and prior logits `[..., S, C]`, summed over groups (section 1.6).
-
-    Returns:
-        The balanced loss `[...]` (`balance` trains the prior, the rest the posterior) and the plain
-        KL value `[...]`, detached.
-    """
-
-    def kl(q_logits: Tensor, p_logits: Tensor) -> Tensor:
-        q, p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
-        return (q.exp() * (q - p)).sum((-2, -1))
-
-    to_prior, to_post = kl(post.detach(), prior), kl(post, prior.detach())
-    return balance * to_prior + (1 - balance) * to_post, to_prior.detach()
 
 
 class RSSM(nn.Module):
@@ -142,20 +113,37 @@ class RSSM(nn.Module):
             torch.zeros(n, self.stoch_dim, device=device, dtype=like.dtype),
         )
 
-    def _groups(self, logits: Tensor) -> Tensor:
-        return logits.unflatten(-1, (self.stoch_groups, self.stoch_classes))
+    def _weights(self, name: str, embed: nn.Linear | None) -> RSSMWeights:
+        first, norm, out = (getattr(self, f"{name}_{part}") for part in ("h", "norm", "out"))
+        return RSSMWeights(
+            *(self.cell_z.weight, self.cell_z.bias, self.cell_a.weight),
+            *(self.cell_norm.weight, self.cell_norm.bias),
+            *(self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh),
+            *(first.weight, first.bias, norm.weight, norm.bias, out.weight, out.bias),
+            None if embed is None else embed.weight,
+        )
 
-    def _recur(self, state: RSSMState, action_projection: Tensor) -> Tensor:
-        x = self.cell_z(state.z) + action_projection
-        return self.gru(F.elu(self.cell_norm(x)), state.h)
+    def prior_weights(self) -> RSSMWeights:
+        """The parameters of a prior step, as the operators take them."""
+        return self._weights("prior", None)
+
+    def posterior_weights(self) -> RSSMWeights:
+        """The parameters of a posterior step, as the operators take them."""
+        return self._weights("post", self.post_e)
 
     def prior_logits(self, h: Tensor) -> Tensor:
         """`[..., H]` -> `[..., S, C]`."""
-        return self._groups(self.prior_out(F.elu(self.prior_norm(self.prior_h(h)))))
+        return rssm_head(
+            self.prior_weights(), self.prior_h(h), self.stoch_groups, self.prior_norm.eps
+        )
 
-    def _posterior_logits(self, h: Tensor, embed_projection: Tensor) -> Tensor:
-        x = self.post_norm(self.post_h(h) + embed_projection)
-        return self._groups(self.post_out(F.elu(x)))
+    def freeze(self, dtype: torch.dtype = torch.float32) -> FrozenRSSM:
+        """The packed inference form, which imagines without gradient and follows this model.
+
+        Args:
+            dtype: float32 or bfloat16, of the packed weights and what they multiply.
+        """
+        return FrozenRSSM(self, dtype)
 
     def imagine(self, state: RSSMState, action: Tensor, uniform: Tensor) -> RSSMState:
         """One prior step.
@@ -164,9 +152,12 @@ class RSSM(nn.Module):
             state: N dreams.
             action: `[N, A]`.
             uniform: `[N, S]` in [0, 1), the randomness of the sample.
+
+        Differentiable; `freeze` gives the form for many steps without gradient.
         """
-        h = self._recur(state, self.cell_a(action))
-        z = sample_onehot(self.prior_logits(h), uniform, unimix=self.unimix)
+        x = self.cell_z(state.z) + self.cell_a(action)
+        h = rssm_recur(self.prior_weights(), state.h, x, self.cell_norm.eps)
+        z = onehot_st(self.prior_logits(h), uniform, unimix=self.unimix)
         return RSSMState(h, z.to(h.dtype))
 
     def observe(
@@ -176,6 +167,8 @@ class RSSM(nn.Module):
         reset: Tensor,
         state: RSSMState,
         uniform: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Posterior:
         """Posterior scan over T frames.
 
@@ -185,17 +178,17 @@ class RSSM(nn.Module):
             reset: `[T, B]` in {0, 1}; 1 drops the carried state before that frame.
             state: carried state of B streams.
             uniform: `[T, B, S]` in [0, 1).
+            dtype: of the weights and activations of the native CPU scan (`ops.rssm_observe`).
         """
-        embed_projection, action_projection = self.post_e(embed), self.cell_a(action)
-        keep = (1 - reset)[..., None]
-        hs, zs, logits = [], [], []
-        for t in range(len(embed)):
-            masked = RSSMState(state.h * keep[t], state.z * keep[t])
-            h = self._recur(masked, action_projection[t])
-            post = self._posterior_logits(h, embed_projection[t])
-            z = sample_onehot(post, uniform[t], unimix=self.unimix).to(h.dtype)
-            state = RSSMState(h, z)
-            hs.append(h)
-            zs.append(z)
-            logits.append(post)
-        return Posterior(torch.stack(hs), torch.stack(zs), torch.stack(logits))
+        hs, zs, logits = rssm_observe(
+            self.posterior_weights(),
+            embed,
+            action,
+            reset,
+            *state,
+            uniform,
+            unimix=self.unimix,
+            eps=self.cell_norm.eps,
+            dtype=dtype,
+        )
+        return Posterior(hs, zs, logits)

@@ -7,6 +7,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_rssm import (
+    RSSMWeights,
+    balanced_kl,
+    class_index,
+    gae,
+    mixed_probabilities,
+    norm_elu,
+    onehot_st,
+    rssm_features,
+    rssm_head,
+    rssm_imagine,
+    rssm_observe,
+    rssm_recur,
+)
+
+__all__ = [
+    "RSSMWeights",
+    "balanced_kl",
+    "class_index",
+    "gae",
+    "gru_cell",
+    "gru_gates",
+    "gru_gates_bwd",
+    "mish",
+    "mish_bwd",
+    "mixed_probabilities",
+    "norm_elu",
+    "onehot_st",
+    "rssm_features",
+    "rssm_head",
+    "rssm_imagine",
+    "rssm_observe",
+    "rssm_recur",
+]
+
 
 def gru_gates(gi: Tensor, gh: Tensor, h: Tensor) -> Tensor:
     """The pointwise half of a GRU cell, gate order r, z, n as in torch.nn.GRUCell.

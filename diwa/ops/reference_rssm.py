@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class RSSMWeights(NamedTuple):
-    """Parameters of a recurrent state-space model; U is the width of its layers.
+    """Parameters of one kind of step of a recurrent state-space model; U is the layers' width.
 
-    `F.linear` layout, biases included; the norms are layer norms over U. Steps that imagine need no
-    posterior and steps that observe no prior: that part may be None.
+    Weights as in torch.nn.Linear; gain and shift belong to the layer norm. The head is the prior's
+    or the posterior's, which also has a weight for the embedding.
     """
 
     cell_z: Tensor  # [U, Z]
@@ -29,6 +29,7 @@ class RSSMWeights(NamedTuple):
     head_shift: Tensor  # [U]
     out: Tensor  # [Z, U]
     out_bias: Tensor  # [Z]
+    head_e: Tensor | None = None  # [U, E]
 
 
 def mixed_probabilities(logits: Tensor, unimix: float = 0.0) -> Tensor:
@@ -113,8 +114,8 @@ def rssm_head(w: RSSMWeights, x: Tensor, groups: int, eps: float) -> Tensor:
 
 def rssm_observe(
     w: RSSMWeights,
-    embed_projection: Tensor,
-    action_projection: Tensor,
+    embed: Tensor,
+    action: Tensor,
     reset: Tensor,
     h: Tensor,
     z: Tensor,
@@ -125,27 +126,31 @@ def rssm_observe(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior scan: for every frame t, with m = 1 - reset_t,
 
-        x  = W_z (m z) + b + action_projection_t        h = GRU(ELU(LN(x)), m h)
-        y  = W_h h + b_h + embed_projection_t      logits = W_o ELU(LN(y)) + b_o
+        x  = W_z (m z) + b + W_a a_t        h = GRU(ELU(LN(x)), m h)
+        y  = W_h h + b_h + W_e e_t     logits = W_o ELU(LN(y)) + b_o
         z  = onehot_st(logits, uniform_t)
 
-    Shapes: projections `[T, B, U]`, reset `[T, B]`, h `[B, H]`, z `[B, Z]`, uniform `[T, B, S]`;
-    `w.head_*` are the posterior's.
+    Shapes: embed `[T, B, E]`, action `[T, B, A]`, reset `[T, B]`, h `[B, H]`, z `[B, Z]`, uniform
+    `[T, B, S]`; the head of `w` is the posterior's.
     Returns:
         h `[T, B, H]`, z `[T, B, Z]`, logits `[T, B, S, C]`.
     """
+    assert w.head_e is not None
+    embed_projection, action_projection = F.linear(embed, w.head_e), F.linear(action, w.cell_a)
     keep = (1 - reset)[..., None]
     groups = uniform.shape[-1]
     hs, zs, logits = [], [], []
-    for t in range(len(reset)):
+    for t in range(len(embed)):
         x = F.linear(z * keep[t], w.cell_z, w.cell_bias) + action_projection[t]
         h = rssm_recur(w, h * keep[t], x, eps)
-        y = F.linear(h, w.head_h, w.head_bias) + embed_projection[t]
-        post = rssm_head(w, y, groups, eps)
+        post = rssm_head(w, F.linear(h, w.head_h, w.head_bias) + embed_projection[t], groups, eps)
         z = onehot_st(post, uniform[t], unimix=unimix).to(h.dtype)
         hs.append(h)
         zs.append(z)
         logits.append(post)
+    if not hs:
+        shapes = h.shape, z.shape, (len(h), groups, z.shape[-1] // groups)
+        return h.new_empty(0, *shapes[0]), h.new_empty(0, *shapes[1]), h.new_empty(0, *shapes[2])
     return torch.stack(hs), torch.stack(zs), torch.stack(logits)
 
 
@@ -166,7 +171,7 @@ def rssm_imagine(
         logits = W_o ELU(LN(W_h h + b_h)) + b_o         z = class_index(logits / temperature, u_l)
 
     Shapes: h `[N, H]`, z_idx `[N, S]` in [0, C), actions `[L, N, A]`, uniforms `[L, N, S]`;
-    `w.head_*` are the prior's. A group whose probabilities are NaN gets the index -1, and its
+    the head of `w` is the prior's. A group whose probabilities are NaN gets the index -1, and its
     projection is NaN.
     Returns:
         h `[L, N, H]`, z_idx `[L, N, S]` (int64).
@@ -190,6 +195,6 @@ def rssm_imagine(
 
 
 def rssm_features(h: Tensor, z_idx: Tensor, classes: int) -> Tensor:
-    """`[..., F]`: h `[..., H]` beside the one-hot of z_idx `[..., S]` (NaN where the index is -1)."""
+    """`[..., F]`: h `[..., H]` beside the one-hot of z_idx `[..., S]`, NaN for the index -1."""
     z = F.one_hot(z_idx.clamp(min=0), classes).to(h.dtype)
     return torch.cat([h, z.masked_fill(z_idx[..., None] < 0, torch.nan).flatten(-2)], -1)

@@ -1,45 +1,13 @@
-"""Generalised advantage estimation with terminated and truncated kept apart."""
+"""Reward scale; generalised advantage estimation is the operator `gae`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from diwa.ops import gae
 
-def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (method section 5.5, fixed form).
-
-    delta_t = r_t + gamma V+_t (1 - terminated_t) - V_t;
-    A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}.
-
-    Args:
-        reward: `[T, N]`.
-        value: `[T, N]` of the state acted in.
-        next_value: `[T, N]` of the successor **before** any reset.
-        terminated: `[T, N]` in {0, 1}: no value beyond this step.
-        done: `[T, N]` in {0, 1}: terminated or truncated, the trace is cut.
-        gamma: discount per step.
-        gae_lambda: lambda.
-
-    Returns:
-        advantages and returns, `[T, N]`.
-    """
-    delta = reward + gamma * next_value * (1 - terminated) - value
-    decay = gamma * gae_lambda * (1 - done)
-    advantage = torch.zeros_like(reward)
-    carry = torch.zeros_like(reward[0])
-    for t in reversed(range(len(reward))):
-        carry = delta[t] + decay[t] * carry
-        advantage[t] = carry
-    return advantage, advantage + value
+__all__ = ["RewardScaler", "gae"]
 
 
 class RewardScaler(torch.nn.Module):

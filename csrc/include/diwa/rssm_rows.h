@@ -8,6 +8,19 @@ namespace rssm {
 
 using namespace simd;
 
+#define DIWA_MEMBER inline __attribute__((always_inline))
+
+// Hands out the parts of one scratch buffer, each aligned as the buffer is (64 bytes).
+struct Arena {
+  float* next;
+  template <class T>
+  DIWA_MEMBER T* take(int64_t n) {
+    T* part = reinterpret_cast<T*>(next);
+    next += (n + 15) / 16 * 16;
+    return part;
+  }
+};
+
 // The first n values, the rest zero: for sums over values that were computed from a row's end.
 DIWA_INLINE vf first(vf v, int64_t n) {
   if (n >= DIWA_W) return v;
