@@ -123,6 +123,14 @@ class PolicyConfig:
     """K."""
     width: int = 256
     """Width of the denoising network."""
+    network: Literal["residual", "plain"] = "residual"
+    """Pre-activation residual blocks of two hidden layers, or a plain MLP (DPPO's)."""
+    hidden_layers: int = 2
+    """Hidden layers after the first; even in a residual network."""
+    ddim_steps: int = 0
+    """Sample with DDIM in so many of the K steps, evenly spaced; 0: DDPM, all K steps."""
+    ddim_eta: float = 1.0
+    """Noise of exploratory DDIM sampling, in shares of DDPM's; its evaluation adds none."""
     time_dim: int = 16
     """Size of the sinusoidal embedding of the denoising step."""
     clip_noise: float = 3.0

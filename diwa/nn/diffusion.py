@@ -8,7 +8,7 @@ sampled chain are read off its own noise.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,62 +16,118 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diwa.config import PolicyConfig
+from diwa.nn.frozen import FrozenPolicy
+from diwa.ops import chain_log_prob as chain_log_prob_op
 from diwa.ops import mish
-
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+from diwa.ops.reference_chain import Chain, ChainSteps, Network, predict_noise
 
 
 class NoiseSchedule(nn.Module):
-    """Cosine schedule with K steps (s = 0.008), tables of section 3.2 as buffers `[K]`.
+    """Cosine schedule with K steps (s = 0.008), tables of section 3.2 as buffers.
+
+    With `ddim_steps` the sampler visits every (K / ddim_steps)-th step only, from 0 on, and its
+    tables are DDIM's: with abar and abar' of this and the next step visited,
+    sigma = eta sqrt((1 - abar') / (1 - abar) (1 - abar / abar')), noise predicted again from the
+    clamped x0, c2 = sqrt((1 - abar' - sigma²) / (1 - abar)), c1 = sqrt(abar') - c2 sqrt(abar).
+    Evaluation then has eta = 0.
+
+    Args:
+        denoising_steps: K.
+        s: offset of the cosine.
+        ddim_steps: steps visited by DDIM; 0 for DDPM.
+        ddim_eta: eta of exploratory DDIM sampling.
 
     Attributes:
-        alpha_bar: cumulative signal share.
+        alpha_bar: `[K]` cumulative signal share.
+        steps: number of sampling steps, K or `ddim_steps`; the length of the tables below.
+        time: int64, the denoising step of each sampling step.
         sigma: posterior deviation.
         c1, c2: weights of the clean estimate and of x_t in the posterior mean.
         p, q: x0 = p x_t - q eps.
     """
 
     alpha_bar: Tensor
+    time: Tensor
     sigma: Tensor
     c1: Tensor
     c2: Tensor
     p: Tensor
     q: Tensor
+    c1_evaluation: Tensor
+    c2_evaluation: Tensor
 
-    def __init__(self, denoising_steps: int = 20, s: float = 0.008) -> None:
+    def __init__(
+        self,
+        denoising_steps: int = 20,
+        s: float = 0.008,
+        *,
+        ddim_steps: int = 0,
+        ddim_eta: float = 1.0,
+    ) -> None:
         super().__init__()
         k = denoising_steps
+        if not 0 <= ddim_steps <= k:
+            raise ValueError(f"ddim_steps must lie in [0, {k}], got {ddim_steps}")
         grid = torch.linspace(0, k + 1, k + 1, dtype=torch.float64)
         bar = torch.cos((grid / (k + 1) + s) / (1 + s) * math.pi / 2) ** 2
         beta = (1 - bar[1:] / bar[:-1]).clamp(0, 0.999)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        tables = {
-            "alpha_bar": alpha_bar,
-            "sigma": (beta * (1 - previous) / (1 - alpha_bar)).clamp(min=1e-20).sqrt(),
-            "c1": beta * previous.sqrt() / (1 - alpha_bar),
-            "c2": alpha.sqrt() * (1 - previous) / (1 - alpha_bar),
-            "p": alpha_bar.rsqrt(),
-            "q": (1 / alpha_bar - 1).sqrt(),
-        }
-        self.steps = k
+        self.steps, self.ddim = ddim_steps or k, ddim_steps > 0
+        time = torch.arange(self.steps) * (k // self.steps)
+        here = alpha_bar[time]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), here[:-1]])
+
+        def ddim(eta: float) -> tuple[Tensor, Tensor, Tensor]:
+            sigma = eta * ((1 - previous) / (1 - here) * (1 - here / previous)).sqrt()
+            c2 = ((1 - previous - sigma**2).clamp(min=0) / (1 - here)).sqrt()
+            return sigma, previous.sqrt() - c2 * here.sqrt(), c2
+
+        tables = {"alpha_bar": alpha_bar, "p": here.rsqrt(), "q": (1 / here - 1).sqrt()}
+        if self.ddim:
+            tables["sigma"], tables["c1"], tables["c2"] = ddim(ddim_eta)
+            _, tables["c1_evaluation"], tables["c2_evaluation"] = ddim(0.0)
+        else:
+            tables["sigma"] = (beta * (1 - previous) / (1 - here)).clamp(min=1e-20).sqrt()
+            tables["c1"] = beta * previous.sqrt() / (1 - here)
+            tables["c2"] = alpha.sqrt() * (1 - previous) / (1 - here)
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
+        self.register_buffer("time", time, persistent=False)
 
     def sampling_std(self, minimum: float) -> Tensor:
         """Deviations `[K]` of exploratory sampling: max(sigma_t, minimum) at every t."""
         return self.sigma.clamp(min=minimum)
 
     def evaluation_std(self) -> Tensor:
-        """Deviations `[K]` of deterministic evaluation: 0 at t = 0, else max(sigma_t, 1e-3)."""
+        """Deviations `[K]` of deterministic evaluation: 0 at t = 0, else max(sigma_t, 1e-3); all 0
+        with DDIM."""
+        if self.ddim:
+            return torch.zeros_like(self.sigma)
         std = self.sigma.clamp(min=1e-3)
         std[0] = 0.0
         return std
 
+    def tables(self, config: PolicyConfig, explore: bool) -> ChainSteps:
+        """Tables of a sampling mode (section 3.3).
+
+        Args:
+            config: for the smallest deviations.
+            explore: deviations max(sigma, min_sampling_std) at every step, instead of the
+                evaluation's.
+        """
+        log_prob_std = self.sampling_std(config.min_logprob_std)
+        if explore:
+            std, c1, c2 = self.sampling_std(config.min_sampling_std), self.c1, self.c2
+        else:
+            std, c1, c2 = self.evaluation_std(), self.c1, self.c2
+            if self.ddim:
+                c1, c2 = self.c1_evaluation, self.c2_evaluation
+        return ChainSteps(self.p, self.q, c1, c2, std, log_prob_std)
+
 
 class DenoisingMLP(nn.Module):
-    """Noise prediction network: one pre-activation residual block of width W (section 3.1).
+    """Noise prediction network of width W (section 3.1).
 
     The first layer is kept in three parts (chunk, time, condition), so that the condition part
     runs once per state.
@@ -82,6 +138,11 @@ class DenoisingMLP(nn.Module):
         width: W.
         denoising_steps: K, rows of the time table.
         time_dim: size of the sinusoidal embedding.
+        hidden_layers: layers `hidden1`, `hidden2`, ... of size W x W after the first.
+        residual: pairs of them are pre-activation residual blocks; otherwise a plain MLP.
+
+    Raises:
+        ValueError: a residual network with an odd number of hidden layers.
     """
 
     sinusoid: Tensor
@@ -93,8 +154,12 @@ class DenoisingMLP(nn.Module):
         width: int = 512,
         denoising_steps: int = 20,
         time_dim: int = 16,
+        hidden_layers: int = 2,
+        residual: bool = True,
     ) -> None:
         super().__init__()
+        if residual and hidden_layers % 2:
+            raise ValueError(f"a residual network needs pairs of layers, got {hidden_layers}")
         half = time_dim // 2
         omega = torch.exp(-torch.arange(half) * math.log(1e4) / (half - 1))
         angle = torch.arange(denoising_steps)[:, None] * omega
@@ -107,13 +172,30 @@ class DenoisingMLP(nn.Module):
         self.chunk_in = nn.Linear(chunk_dim, width, bias=False)
         self.time_in = nn.Linear(time_dim, width, bias=False)
         self.cond_in = nn.Linear(cond_dim, width)
-        self.hidden1 = nn.Linear(width, width)
-        self.hidden2 = nn.Linear(width, width)
+        self.residual = residual
+        self.hidden_names = [f"hidden{i + 1}" for i in range(hidden_layers)]
+        for name in self.hidden_names:
+            self.add_module(name, nn.Linear(width, width))
         self.out = nn.Linear(width, chunk_dim)
 
     def time_table(self) -> Tensor:
         """First-layer contribution of every denoising step, `[K, W]`."""
         return self.time_in(self.time(self.sinusoid))
+
+    def network(self, step: Tensor | None = None) -> Network:
+        """The weights as the operators take them; `step` int64 picks rows of the time table."""
+        hidden = [self.get_submodule(name) for name in self.hidden_names]
+        time = self.time_table()
+        return Network(
+            self.chunk_in.weight,
+            self.cond_in.weight,
+            self.cond_in.bias,
+            time if step is None else time.index_select(0, step),
+            tuple((layer.weight, layer.bias) for layer in hidden),  # type: ignore[misc]
+            self.out.weight,
+            self.out.bias,
+            self.residual,
+        )
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         """Predicted noise.
@@ -123,23 +205,7 @@ class DenoisingMLP(nn.Module):
             time: `[..., W]` rows of `time_table`.
             cond: `[..., W]` condition projected by `cond_in`.
         """
-        y = self.chunk_in(x) + time + cond
-        y = y + self.hidden2(mish(self.hidden1(mish(y))))
-        return self.out(y)
-
-
-class Chain(NamedTuple):
-    """A sampled denoising chain of N states.
-
-    Attributes:
-        chunk: `[N, L, A]`, the final action chunk (not clipped).
-        chain: `[N, Kf + 1, L, A]`, input of the first fine-tuned step to final chunk.
-        log_prob: `[N, Kf, L, A]`, log-density of each transition from its own noise.
-    """
-
-    chunk: Tensor
-    chain: Tensor
-    log_prob: Tensor
+        return predict_noise(self.network(), x, time, cond, activation=mish)
 
 
 class DiffusionPolicy(nn.Module):
@@ -155,15 +221,50 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         self.config, self.action_dim, self.cond_dim = config, action_dim, cond_dim
         self.chunk_dim = config.chunk * action_dim
-        self.schedule = NoiseSchedule(config.denoising_steps)
-        self.net = DenoisingMLP(
-            self.chunk_dim, cond_dim, config.width, config.denoising_steps, config.time_dim
+        self.schedule = NoiseSchedule(
+            config.denoising_steps, ddim_steps=config.ddim_steps, ddim_eta=config.ddim_eta
         )
+        self.net = DenoisingMLP(
+            self.chunk_dim,
+            cond_dim,
+            config.width,
+            config.denoising_steps,
+            config.time_dim,
+            config.hidden_layers,
+            config.network == "residual",
+        )
+        self._sampler: FrozenPolicy | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sampler": None}  # packed weights are not copied
+
+    def freeze(
+        self, dtype: torch.dtype = torch.float32, frozen_dtype: torch.dtype | None = None
+    ) -> FrozenPolicy:
+        """This policy packed for sampling; it follows later changes of the parameters.
+
+        bfloat16 reads half the bytes. Keep the fine-tuned steps in float32: the log-probabilities
+        of a chain sampled with bfloat16 weights differ under the float32 network of the update by
+        as much as PPO's clip range. The frozen steps carry none and may be bfloat16.
+
+        Args:
+            dtype: float32 or bfloat16, of the last Kf steps.
+            frozen_dtype: of the first K - Kf steps, also when this is the `base` of another policy;
+                `dtype` if None.
+
+        Raises:
+            TypeError: another dtype.
+        """
+        return FrozenPolicy(self, dtype, frozen_dtype)
+
+    def network(self) -> Network:
+        """The weights, with the time table at the steps that the sampler visits."""
+        return self.net.network(self.schedule.time)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise `[K + 1, N, L, A]` of one chain: the start and K steps."""
-        k, c = self.config.denoising_steps, self.config
-        shape = (k + 1, n, c.chunk, self.action_dim)
+        """Standard normal noise `[K + 1, N, L, A]` of one chain: the start and K steps (the number
+        of steps visited with DDIM)."""
+        shape = (self.schedule.steps + 1, n, self.config.chunk, self.action_dim)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return noise.to(self.schedule.sigma.device)
 
@@ -182,79 +283,76 @@ class DiffusionPolicy(nn.Module):
         predicted = self.net(x, self.net.time_table()[step], self.net.cond_in(feature))
         return F.mse_loss(predicted, eps)
 
-    def _mean(self, x: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """Posterior mean with the clean estimate clamped to [-1, 1] (section 3.2)."""
-        s = self.schedule
-        p, q, c1, c2 = (table[t] for table in (s.p, s.q, s.c1, s.c2))
-        if isinstance(t, Tensor):
-            p, q, c1, c2 = (v[:, None] for v in (p, q, c1, c2))
-        return c1 * (p * x - q * eps).clamp(-1, 1) + c2 * x
-
-    @torch.no_grad()
     def sample(
         self,
-        feature: Tensor,
+        feature: Tensor | tuple[Tensor, Tensor],
         noise: Tensor,
         *,
         base: DiffusionPolicy | None = None,
         ft_steps: int = 0,
         explore: bool = False,
+        backend: str = "auto",
     ) -> Chain:
-        """Sample the whole chain (section 3.3).
+        """Sample the whole chain (section 3.3) by `diwa.ops.denoise_chain`.
 
         Args:
-            feature: `[N, F]`.
+            feature: `[N, F]`, or `(h, z_idx)`: `[N, H]` and int64 class indices `[N, S]`.
             noise: `[K + 1, N, L, A]`, see `noise`; step noise is clipped to +-clip_noise.
             base: frozen policy of the first K - Kf steps; None uses this policy throughout.
             ft_steps: Kf, transitions to return in the chain.
             explore: deviations max(sigma, min_sampling_std) at every step instead of the
                 evaluation's.
+            backend: `"auto"`, `"reference"` or `"cpu"`.
+
+        Returns:
+            chunk `[N, L, A]`, chain `[N, Kf + 1, L, A]`, log_prob `[N, Kf, L, A]`; no gradient.
         """
-        c, sched = self.config, self.schedule
-        std = sched.sampling_std(c.min_sampling_std) if explore else sched.evaluation_std()
-        logprob_std = sched.sampling_std(c.min_logprob_std)
-        flat = noise.flatten(2)
-        tuned = (self.net, self.net.cond_in(feature), self.net.time_table())
-        frozen = tuned
-        if base is not None and ft_steps < sched.steps:
-            frozen = (base.net, base.net.cond_in(feature), base.net.time_table())
-        x, chain, log_prob = flat[0], [], []
-        for t in reversed(range(sched.steps)):
-            net, cond, time = tuned if t < ft_steps or base is None else frozen
-            if t == ft_steps - 1:
-                chain.append(x)
-            n = flat[sched.steps - t].clamp(-c.clip_noise, c.clip_noise)
-            x = self._mean(x, net(x, time[t], cond), t) + std[t] * n
-            if t < ft_steps:
-                chain.append(x)
-                scaled = std[t] / logprob_std[t] * n
-                log_prob.append(-0.5 * scaled**2 - logprob_std[t].log() - HALF_LOG_2PI)
-        shape = (c.chunk, self.action_dim)
-        if not ft_steps:
-            empty = x.new_zeros(len(x), 0, *shape)
-            return Chain(x.unflatten(1, shape), empty, empty)
-        return Chain(
-            x.unflatten(1, shape),
-            torch.stack(chain, 1).unflatten(2, shape),
-            torch.stack(log_prob, 1).unflatten(2, shape),
+        return self._frozen().sample(
+            feature,
+            noise,
+            base=None if base is None else base._frozen(),
+            ft_steps=ft_steps,
+            explore=explore,
+            backend=backend,
         )
 
-    def chain_log_prob(self, feature: Tensor, chain: Tensor) -> Tensor:
+    def _frozen(self) -> FrozenPolicy:
+        if self._sampler is None or self._sampler.policy is not self:
+            self._sampler = self.freeze()
+        return self._sampler
+
+    def chain_log_prob(self, feature: Tensor, chain: Tensor, *, backend: str = "auto") -> Tensor:
         """Log-density of the Kf transitions of each chain under this policy (section 5.6).
 
         Args:
             feature: `[M, F]`.
             chain: `[M, Kf + 1, L, A]`.
+            backend: of `diwa.ops.chain_log_prob`.
 
         Returns:
             `[M, Kf, L, A]`, differentiable in the policy's parameters.
         """
-        flat = chain.flatten(2)
-        kf = flat.shape[1] - 1
-        t = torch.arange(kf - 1, -1, -1, device=flat.device)
-        x, target = flat[:, :-1], flat[:, 1:]
-        cond = self.net.cond_in(feature)[:, None]
-        mean = self._mean(x, self.net(x, self.net.time_table()[t], cond), t)
-        std = self.schedule.sampling_std(self.config.min_logprob_std)[t][:, None]
-        log_prob = -0.5 * ((target - mean) / std) ** 2 - std.log() - HALF_LOG_2PI
+        kf = chain.shape[1] - 1
+        step = torch.arange(kf - 1, -1, -1, device=chain.device)
+        return self.transition_log_prob(feature, chain[:, :-1], chain[:, 1:], step, backend=backend)
+
+    def transition_log_prob(
+        self, feature: Tensor, x: Tensor, x_next: Tensor, step: Tensor, *, backend: str = "auto"
+    ) -> Tensor:
+        """Log-density of single transitions, as shuffled over states and denoising steps.
+
+        Args:
+            feature: `[M, F]`.
+            x: `[M, G, L, A]` chunks before; G transitions of each state.
+            x_next: `[M, G, L, A]` chunks after.
+            step: int64 `[M, G]` or `[G]`, the t of each transition.
+            backend: of `diwa.ops.chain_log_prob`.
+
+        Returns:
+            `[M, G, L, A]`, differentiable in the policy's parameters.
+        """
+        steps = self.schedule.tables(self.config, explore=True)
+        log_prob = chain_log_prob_op(
+            self.network(), feature, x.flatten(2), x_next.flatten(2), step, steps, backend=backend
+        )
         return log_prob.unflatten(2, (self.config.chunk, self.action_dim))

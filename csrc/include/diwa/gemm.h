@@ -13,11 +13,12 @@
 //
 // calls the epilogue for every row m and vector of outputs n .. n + DIWA_W - 1. Outputs from N on,
 // up to the next multiple of 32, are zero: store them in a row of stride(N) values, or pass N - n
-// to simd::store. `strip` is scratch of strip_size(M) floats. part<BF>(weight, k0, k1) is the share
+// to simd::store. `strip` is scratch of M kStrip floats. part<BF>(weight, k0, k1) is the share
 // of a weight that multiplies activations k0 <= k < k1, so that a long K need not be held at once.
 //
 // Accuracy: 256 values of k are summed in registers, these sums are added in memory. One sum over
 // all of K would have an error that grows with the square root of K.
+#include "diwa/gemm_layout.h"
 #include "diwa/simd.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -31,9 +32,7 @@ using simd::vf;
 using simd::vi;
 
 constexpr int64_t kPanel = 16;         // outputs of a panel
-constexpr int64_t kRound = 32;         // N is rounded up to this
-constexpr int64_t kBlock = 256;        // values of k summed in registers
-constexpr int64_t kCols = 2 * DIWA_W;  // outputs of a register tile
+constexpr int64_t kCols = 2 * DIWA_W;  // outputs of a register tile, at most kStrip
 #if DIWA_W == 16
 constexpr int kRows = 14;  // 28 of 32 registers hold sums
 #elif DIWA_W == 8
@@ -41,15 +40,6 @@ constexpr int kRows = 6;  // 12 of 16
 #else
 constexpr int kRows = 4;  // 8 of 16
 #endif
-
-// Values from one row of activations to the next: whole strips, and not a multiple of 2048 bytes,
-// which would put all rows of a tile in the same few cache sets.
-DIWA_INLINE int64_t stride(int64_t n) {
-  const int64_t whole = (n + kRound - 1) / kRound * kRound;
-  return whole % 512 ? whole : whole + kRound;
-}
-
-DIWA_INLINE int64_t strip_size(int64_t rows) { return rows * kCols; }
 
 struct Weight {
   const void* data;

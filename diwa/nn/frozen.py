@@ -1,0 +1,123 @@
+"""FrozenPolicy: a diffusion policy packed for sampling, which notices when its weights change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diwa.config import PolicyConfig
+from diwa.ops import PackedNetwork, denoise_chain, step_table
+from diwa.ops.reference_chain import Chain, ChainSteps
+
+if TYPE_CHECKING:
+    from diwa.nn.diffusion import DiffusionPolicy
+
+
+def versions(tensors: list[Tensor]) -> tuple[tuple[int, int], ...] | None:
+    """Storage and version of each tensor; None if one of them keeps no version (inference mode).
+
+    Every in-place change through torch counts the version up, as an optimiser's and that of
+    `load_state_dict` do. Writing through `.data` or numpy does not.
+    """
+    if any(t.is_inference() for t in tensors):
+        return None
+    return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+class FrozenPolicy:
+    """Samples a `DiffusionPolicy` with weights packed once; see `DiffusionPolicy.freeze`.
+
+    The policy may go on training: its parameters are looked at in every call (storage and version),
+    and packed again when one has changed. A change made through `.data` or numpy is invisible to
+    torch's version counters and must be followed by `refresh()`.
+
+    Args:
+        policy: the policy.
+        dtype: float32 or bfloat16, of the packed weights in the last Kf steps.
+        frozen_dtype: the same for the first K - Kf steps; `dtype` if None.
+
+    Raises:
+        TypeError: another dtype.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.policy, self.dtype = policy, dtype
+        self.frozen_dtype = dtype if frozen_dtype is None else frozen_dtype
+        for given in (self.dtype, self.frozen_dtype):
+            if given not in (torch.float32, torch.bfloat16):
+                raise TypeError(f"freeze: float32 or bfloat16, got {given}")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget everything packed."""
+        self._seen: tuple[tuple[int, int], ...] | None = None
+        self._packed: dict[torch.dtype, PackedNetwork] = {}
+        self._tables: dict[tuple[PolicyConfig, bool], tuple[ChainSteps, Tensor]] = {}
+
+    def packed(self, dtype: torch.dtype) -> PackedNetwork:
+        """The network packed as `dtype`, up to date."""
+        policy = self.policy
+        seen = versions([*policy.net.parameters(), *policy.schedule.buffers()])
+        if seen is None or seen != self._seen:
+            self.refresh()
+            self._seen = seen
+        if dtype not in self._packed:
+            self._packed[dtype] = PackedNetwork(policy.network(), dtype)
+        return self._packed[dtype]
+
+    def tables(self, explore: bool) -> tuple[ChainSteps, Tensor]:
+        """Tables of a sampling mode, also in the native operator's form."""
+        key = (self.policy.config, explore)
+        if key not in self._tables:
+            steps = self.policy.schedule.tables(*key)
+            self._tables[key] = steps, step_table(steps)
+        return self._tables[key]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        feature: Tensor | tuple[Tensor, Tensor],
+        noise: Tensor,
+        *,
+        base: FrozenPolicy | None = None,
+        ft_steps: int = 0,
+        explore: bool = False,
+        backend: str = "auto",
+    ) -> Chain:
+        """As `DiffusionPolicy.sample`.
+
+        Args:
+            feature: `[N, F]`, or `(h, z_idx)`: `[N, H]` and int64 class indices `[N, S]`.
+            noise: `[K + 1, N, L, A]`.
+            base: frozen policy of the first K - Kf steps; None uses this policy throughout.
+            ft_steps: Kf, transitions to return in the chain.
+            explore: exploratory deviations instead of the evaluation's.
+            backend: of `diwa.ops.denoise_chain`.
+        """
+        config = self.policy.config
+        tuned = self.packed(self.dtype)
+        before = (base or self).packed((base or self).frozen_dtype)
+        steps, table = self.tables(explore)
+        dense, z_idx = feature if isinstance(feature, tuple) else (feature, None)
+        chain = denoise_chain(
+            tuned,
+            noise.flatten(2),
+            steps,
+            feature=dense if z_idx is None else None,
+            h=None if z_idx is None else dense,
+            z_idx=z_idx,
+            base=before,
+            ft_steps=ft_steps,
+            clip_noise=config.clip_noise,
+            table=table,
+            backend=backend,
+        )
+        shape = (config.chunk, self.policy.action_dim)
+        return Chain(*(part.unflatten(-1, shape) for part in chain))
