@@ -1,7 +1,7 @@
-// Host-side model of csrc/cuda/denoise_chain.cu: the same tiles, indices and stages on plain arrays,
-// one lane after another, with the matrix instructions as PTX defines them. It records who touched
-// which cell of a block's shared memory between which barriers, and counts the accesses of two warps
-// to one cell, at least one of them a write, that no barrier separates.
+// Host-side model of csrc/cuda/denoise_chain.cu: the same tiles, indices and stages on plain
+// arrays, one lane after another, with the matrix instructions as PTX defines them. It records who
+// touched which cell of a block's shared memory between which barriers, and counts the accesses of
+// two warps to one cell, at least one of them a write, that no barrier separates.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -123,12 +123,12 @@ struct Model {
     std::memcpy(&memory[block][offset], &v, sizeof(T));
   }
   void cluster_barrier(int which) {
-    if (which == a.without) return;
+    if (which && which == a.without) return;
     ++cluster_epoch;
     for (auto& e : block_epoch) ++e;
   }
   void block_barrier(int which) {
-    if (which == a.without) return;
+    if (which && which == a.without) return;
     for (auto& e : block_epoch) ++e;
   }
 
@@ -189,13 +189,12 @@ struct Model {
         uint16_t rb[32][4][2], ra[32][4][2], pair[32][2][2];
         int address[32];
         for (int lane = 0; lane < 32; ++lane)
-          address[lane] = w + ((who.warp * kWarpFeatures + b_row(lane)) * ld + b_col(lane) + k +
-                               16 * half) * 2;
+          address[lane] =
+              w + ((who.warp * kWarpFeatures + b_row(lane)) * ld + b_col(lane) + k + 16 * half) * 2;
         load_matrices(rb, who, address);
         for (int i = 0; i < L::kRowTiles; ++i) {
           for (int lane = 0; lane < 32; ++lane)
-            address[lane] =
-                act + ((a_row(lane) + 16 * i) * ld + a_col(lane) + k + 16 * half) * 2;
+            address[lane] = act + ((a_row(lane) + 16 * i) * ld + a_col(lane) + k + 16 * half) * 2;
           load_matrices(ra, who, address);
           for (int j = 0; j < 2; ++j) {
             for (int lane = 0; lane < 32; ++lane)
@@ -234,15 +233,15 @@ struct Model {
     for (int n = 0; n < 2; ++n) {
       int address[32];
       for (int lane = 0; lane < 32; ++lane)
-        address[lane] = L::kOut + ((b_row(lane) + 16 * n) * kLdOut + who.warp * kWarpFeatures +
-                                   b_col(lane)) * 2;
+        address[lane] =
+            L::kOut +
+            ((b_row(lane) + 16 * n) * kLdOut + who.warp * kWarpFeatures + b_col(lane)) * 2;
       load_matrices(rb[n], who, address);
     }
     for (int i = 0; i < L::kRowTiles; ++i) {
       for (int lane = 0; lane < 32; ++lane)
         for (int m = 0; m < 4; ++m)
-          for (int n = 0; n < 2; ++n)
-            ra[lane][m][n] = round_bf16(y[lane][i][m / 2][m % 2 * 2 + n]);
+          for (int n = 0; n < 2; ++n) ra[lane][m][n] = round_bf16(y[lane][i][m / 2][m % 2 * 2 + n]);
       for (int j = 0; j < kChunk / 8; ++j) {
         static float c[32][4];
         std::memset(c, 0, sizeof c);
@@ -282,8 +281,8 @@ struct Model {
           m.used = at < M * quads && row0 + m.row < a.N;
           for (int i = 0; i < 4; ++i) {
             m.x[i] = m.used ? a.noise[(row0 + m.row) * a.P + m.col + i] : 0.f;
-            if (m.used) put(who.block, who, L::kX + (m.row * kLdX + m.col + i) * 2,
-                            round_bf16(m.x[i]));
+            if (m.used)
+              put(who.block, who, L::kX + (m.row * kLdX + m.col + i) * 2, round_bf16(m.x[i]));
           }
         }
     });

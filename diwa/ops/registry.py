@@ -78,8 +78,9 @@ def native(backend: str, op: str, dtypes: tuple[torch.dtype, ...] = (torch.float
     """A C++ (`"cpu"`) or CUDA (`"cuda"`) implementation of the torch operator `diwa::<op>`."""
     library = f"libdiwa_{backend}.so"
     missing = LOAD_ERRORS.get(library, "")
-    key = backend.upper()
-    if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key(f"diwa::{op}", key):
+    name, has_kernel = f"diwa::{op}", torch._C._dispatch_has_kernel_for_dispatch_key
+    known = hasattr(torch.ops.diwa, op)  # the schema of an older library may lack it
+    if not missing and not (known and has_kernel(name, backend.upper())):
         missing = f"{library} has no {op}; build diwa again"
     return Variant(backend, (backend,), dtypes, f"{library}: {missing}" if missing else "")
 
