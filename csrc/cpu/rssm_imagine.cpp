@@ -22,7 +22,7 @@ struct Rows {
   float* const gi = arena.take<float>(R * lg);
   float* const gh = arena.take<float>(R * lg);
   float* const logits = arena.take<float>(R * lz);
-  float* const strip = arena.take<float>(gemm::strip_size(R));
+  float* const strip = arena.take<float>(R * gemm::kStrip);
   float* const base = arena.take<float>(p.U);
   float* const e = arena.take<float>(p.C);
   int32_t* const index = arena.take<int32_t>(R * p.S);

@@ -20,7 +20,7 @@ struct Forward {
   act* const h = arena.take<act>(R * lh);
   float* const gi = arena.take<float>(R * lg);
   float* const gh = arena.take<float>(R * lg);
-  float* const strip = arena.take<float>(gemm::strip_size(R));
+  float* const strip = arena.take<float>(R * gemm::kStrip);
   float* const e = arena.take<float>(p.C);
   int32_t* const index = arena.take<int32_t>(R * p.S);
 
@@ -126,7 +126,7 @@ struct Backward {
   float* const d = arena.take<float>(R * lu);
   float* const dh = arena.take<float>(R * lh);
   float* const dz = arena.take<float>(R * lz);
-  float* const strip = arena.take<float>(gemm::strip_size(R));
+  float* const strip = arena.take<float>(R * gemm::kStrip);
   float* const work = arena.take<float>(p.U);
   float* const e = arena.take<float>(p.C);
 

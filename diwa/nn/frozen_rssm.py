@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diwa.nn.frozen import versions
 from diwa.ops.rssm_imagine import PackedRSSM, pack_rssm, rssm_imagine
 
 if TYPE_CHECKING:
@@ -17,40 +18,33 @@ class FrozenRSSM:
     """Prior steps of an RSSM on weights packed once; made by `RSSM.freeze`.
 
     It follows its model: a parameter that was replaced, moved or written in place (an optimizer
-    step, `load_state_dict`) is noticed before the next use by its identity, address and version
-    counter, and all weights are packed again. Writes through `parameter.data` leave the version
-    counter as it is; call `refresh` after those.
+    step, `load_state_dict`) is noticed before the next use by its storage and version counter, and
+    all weights are packed again. Writes through `parameter.data` leave the version counter as it
+    is; call `refresh` after those.
 
     Args:
         rssm: the model, not copied.
         dtype: float32 or bfloat16, of the packed weights and what they multiply.
     Raises:
         TypeError: another dtype.
-        RuntimeError: a parameter was made in inference mode, which keeps no version counter.
     """
 
     def __init__(self, rssm: RSSM, dtype: torch.dtype = torch.float32) -> None:
         self.rssm, self.dtype = rssm, dtype
         self.refresh()
 
+    def _parameters(self) -> list[Tensor]:
+        return [t for t in self.rssm.prior_weights() if t is not None]
+
     def refresh(self) -> None:
         """Packs the model's weights again."""
-        self._source = tuple(t for t in self.rssm.prior_weights() if t is not None)
-        if any(t.is_inference() for t in self._source):
-            raise RuntimeError(
-                "FrozenRSSM: the model's parameters were made in inference mode, so a change of "
-                "them cannot be noticed; load them outside torch.inference_mode()"
-            )
-        self._state = [(t.data_ptr(), t._version) for t in self._source]
+        self._source = self._parameters()  # held, so that no other tensor gets their addresses
+        self._seen = versions(self._source)
         self._packed = pack_rssm(self.rssm.prior_weights(), self.dtype)
 
     def stale(self) -> bool:
-        """Whether a parameter has changed since the weights were packed."""
-        now = [t for t in self.rssm.prior_weights() if t is not None]
-        return any(
-            a is not b or state != (b.data_ptr(), b._version)
-            for a, b, state in zip(self._source, now, self._state, strict=True)
-        )
+        """Whether a parameter has, or may have, changed since the weights were packed."""
+        return self._seen is None or self._seen != versions(self._parameters())
 
     @torch.compiler.disable
     def packed(self) -> PackedRSSM:
