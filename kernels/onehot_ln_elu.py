@@ -104,12 +104,13 @@ def onehot_ln_elu(
     gain: Tensor,
     shift: Tensor,
     eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x `[N, U]`, idx int64 `[N, S]` with table `[S C, U]`, action `[N, A]` with w_a `[A, U]`, each
-    optional, and bias, gain, shift `[U]` -> `[N, U]` in the dtype of the bias."""
+    optional, and bias, gain, shift `[U]` -> `[N, U]`, in the dtype of the bias if none is given."""
     first = next(t for t in (x, idx, action) if t is not None)
     n, width = len(first), len(bias)
-    out = bias.new_empty(n, width)
+    out = bias.new_empty(n, width, dtype=out_dtype or bias.dtype)
     if not out.numel():
         return out
     groups = 0 if idx is None else idx.shape[1]

@@ -56,11 +56,9 @@ extern "C" struct ModelArgs {
 
 namespace {
 
-// A warp of a block, and the barriers it has passed.
 struct Actor {
   int block, warp;
 };
-
 template <int W, int M>
 struct Model {
   using L = Layout<W, M>;
@@ -122,15 +120,13 @@ struct Model {
     touch(block, who, offset, sizeof(T), true);
     std::memcpy(&memory[block][offset], &v, sizeof(T));
   }
-  void cluster_barrier(int which) {
+  void barrier(int which, bool of_cluster) {
     if (which && which == a.without) return;
-    ++cluster_epoch;
+    cluster_epoch += of_cluster;
     for (auto& e : block_epoch) ++e;
   }
-  void block_barrier(int which) {
-    if (which && which == a.without) return;
-    for (auto& e : block_epoch) ++e;
-  }
+  void cluster_barrier(int which) { barrier(which, true); }
+  void block_barrier(int which) { barrier(which, false); }
 
   // ldmatrix.x4: lanes 8 m to 8 m + 7 address the rows of matrix m; lane l receives row l / 4,
   // columns 2 (l % 4) and the next, of every matrix.
@@ -203,10 +199,8 @@ struct Model {
           }
         }
       }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < L::kRowTiles; ++i)
-        for (int j = 0; j < 2; ++j)
-          for (int e = 0; e < 4; ++e) c[lane][i][j][e] += odd[lane][i][j][e];
+    float *to = &c[0][0][0][0], *from = &odd[0][0][0][0];
+    for (size_t i = 0; i < sizeof odd / sizeof *to; ++i) to[i] += from[i];
   }
 
   void publish(const Tile& c, Actor who, int act) {

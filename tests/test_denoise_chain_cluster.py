@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diwa.ops import BackendError, step_table
+from diwa.ops import BackendError, PackedNetwork, denoise_chain, step_table
 from diwa.ops import reference_chain as reference
 from diwa.ops.denoise_chain_cluster import denoise_chain_cluster, pack, problem
 from diwa.ops.reference_chain import ChainSteps, Network
@@ -128,7 +128,7 @@ def run_model(model, arguments, M, ft_steps, clip=3.0, without=0):
         return t.data_ptr()
 
     for i, net in enumerate(nets):
-        chunk_in, time, w1, b1, w2, b2, out, out_bias = pack(net, slice(None))
+        chunk_in, time, w1, b1, w2, b2, out, out_bias = pack(net)
         keep += [chunk_in, time, w1, b1, w2, b2, out, out_bias]
         cond = F.linear(feature, net.cond_in, net.cond_bias)
         args.net[i] = ModelNetwork(
@@ -231,6 +231,15 @@ gpu = pytest.mark.gpu
 
 
 @gpu
+def test_smallest_kernel():
+    """For compute-sanitizer: one tile, two steps, both networks."""
+    nets, *rest = on_device(problem_of(2, 256, K=2), "cuda")
+    how = {"ft_steps": 1, "ft_dtype": torch.bfloat16, "backend": "cuda"}
+    actual = denoise_chain_cluster(nets[1], nets[0], *rest, **how)
+    check_against_rounded(actual, rounded_chain(nets, *rest, 1, 3.0), rest[2])
+
+
+@gpu
 @pytest.mark.parametrize("N", [1, 16, 50, 64, 300, 1024])
 @pytest.mark.parametrize("W", [256, 512])
 @pytest.mark.parametrize("ft_steps", [0, 3, 8])
@@ -263,6 +272,19 @@ def test_float32_steps_after_the_kernel():
 
 
 @gpu
+def test_a_base_frozen_as_bfloat16_runs_on_the_kernel():
+    nets, *rest = on_device(problem_of(50, 512), "cuda")
+    base = PackedNetwork(nets[0], torch.bfloat16)
+    feature, noise, steps = rest
+    how = {"feature": feature, "base": base, "ft_steps": 2}
+    public = denoise_chain(PackedNetwork(nets[1]), noise, steps, **how)
+    right = denoise_chain_cluster(nets[1], nets[0], *rest, ft_steps=2, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(public, right, strict=True))
+    with pytest.raises(BackendError, match="freeze the base"):
+        denoise_chain(nets[1], noise, steps, feature=feature, backend="cuda")
+
+
+@gpu
 def test_kernel_in_a_cuda_graph():
     nets, *rest = on_device(problem_of(50, 512), "cuda")
     how = {"ft_steps": 2, "ft_dtype": torch.bfloat16, "backend": "cuda"}
@@ -277,7 +299,7 @@ def test_kernel_in_a_cuda_graph():
 @gpu
 def test_bad_tensors_are_refused_by_the_operator():
     nets, feature, noise, steps = on_device(problem_of(4, 256), "cuda")
-    packed = pack(nets[0], slice(None))
+    packed = pack(nets[0])
     cond = F.linear(feature, nets[0].cond_in, nets[0].cond_bias)
     call = torch.ops.diwa.denoise_chain_cluster.default
     args = [noise, cond, cond, packed, packed, step_table(steps), 2, 2, 3.0]

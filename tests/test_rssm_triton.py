@@ -4,7 +4,8 @@ import pytest
 import torch
 from optest import HALVES, assert_accurate, variants
 
-from diwa.ops import reference_rssm, rssm_triton
+import diwa.ops
+from diwa.ops import reference_rssm, rssm_imagine_gpu, rssm_triton
 
 TRITON = [case for case in variants(*HALVES) if case.id.startswith("triton")]
 FLOAT32 = [case for case in variants() if case.id.startswith("triton")]
@@ -135,3 +136,63 @@ def test_compiles_in_one_graph(variant, dtype):
         leaves = [x.clone().to(variant.device).requires_grad_() for _ in range(2)]
         results.append(torch.autograd.grad(fn(*leaves), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def prior_weights(U, H, S, C, A):
+    def matrix(n, k):
+        return torch.randn(n, k) * k**-0.5
+
+    gru = (matrix(3 * H, U), matrix(3 * H, H), torch.randn(3 * H) * 0.1, torch.randn(3 * H) * 0.1)
+    norms = [(1 + torch.randn(U) * 0.1, torch.randn(U) * 0.1) for _ in range(2)]
+    cell = (matrix(U, S * C), torch.randn(U) * 0.1, matrix(U, A), *norms[0])
+    head = (matrix(U, H), torch.randn(U) * 0.1, *norms[1], matrix(S * C, U) * 2, torch.randn(S * C))
+    return reference_rssm.RSSMWeights(*cell, *gru, *head, None)
+
+
+@triton
+def test_horizon_of_prior_steps(variant, dtype):
+    w = prior_weights(20, 12, 3, 5, 4)
+    w = reference_rssm.RSSMWeights(*(t if t is None else t.to(variant.device) for t in w))
+    h, z = torch.randn(6, 12).tanh(), torch.randint(5, (6, 3))
+    actions, uniforms = torch.randn(3, 6, 4), torch.rand(3, 6, 3)
+    args = [t.to(variant.device) for t in (h, z, actions, uniforms)]
+    packed = rssm_imagine_gpu.pack(w, torch.float32)
+    hs, indices = rssm_imagine_gpu.imagine(w, packed, *args, unimix=0.01, backend=variant.backend)
+    eager = reference_rssm.rssm_imagine(w, *args, unimix=0.01)
+    exact = reference_rssm.RSSMWeights(*(t if t is None else t.double() for t in w))
+    wide = [a.double() if a.is_floating_point() else a for a in args]
+    right = reference_rssm.rssm_imagine(exact, *wide, unimix=0.01)
+    assert torch.equal(indices, right[1]) and indices.dtype == torch.int64
+    assert_accurate("h", hs, eager[0], right[0])
+
+
+@triton
+def test_horizon_in_bfloat16_keeps_a_float32_state(variant, dtype):
+    w = prior_weights(16, 16, 2, 4, 3)
+    w = reference_rssm.RSSMWeights(*(t if t is None else t.to(variant.device) for t in w))
+    args = [torch.randn(5, 16).tanh(), torch.randint(4, (5, 2)), torch.randn(1, 5, 3)]
+    args = [t.to(variant.device) for t in (*args, torch.rand(1, 5, 2))]
+    packed = rssm_imagine_gpu.pack(w, torch.bfloat16)
+    hs, _ = rssm_imagine_gpu.imagine(w, packed, *args, backend=variant.backend)
+    right, _ = reference_rssm.rssm_imagine(w, *args)
+    assert hs.dtype == torch.float32
+    # gates of bfloat16 operands: 2^-8 of sums of size one, halved by the gates' slopes
+    assert 0 < (hs - right).abs().max() < 2e-2
+
+
+@triton
+def test_public_operators_take_the_backend(variant, dtype):
+    x, u = torch.randn(2, 3, 5, device=variant.device), torch.rand(2, 3, device=variant.device)
+    backend = {"backend": variant.backend}
+    assert torch.equal(diwa.ops.onehot_st(x, u, **backend), diwa.ops.onehot_st(x, u))
+    kl = [diwa.ops.balanced_kl(x, x.flip(0), 0.8, **b)[0] for b in (backend, {})]
+    torch.testing.assert_close(*kl, rtol=1e-5, atol=1e-6)
+    args = episode(4, 3, variant.device)
+    both = [diwa.ops.gae(*args, 0.99, 0.95, **b)[0] for b in (backend, {})]
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+    with pytest.raises(diwa.ops.BackendError, match="takes float32"):
+        diwa.ops.gae(*(a.double() for a in args), 0.99, 0.95, **backend)
+    with pytest.raises(diwa.ops.BackendError, match="without gradient"):
+        diwa.ops.gae(*(a.requires_grad_() for a in args), 0.99, 0.95, **backend)
+    with pytest.raises(diwa.ops.BackendError, match="exceed 16384"):
+        diwa.ops.balanced_kl(x.new_zeros(1, 200, 100), x.new_zeros(1, 200, 100), 0.8, **backend)

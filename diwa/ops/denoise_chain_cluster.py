@@ -20,6 +20,7 @@ from . import registry
 from .reference_chain import Chain, ChainSteps, Network
 
 WIDTHS = (256, 512)
+Forms = dict[int, list[Tensor]]  # first step -> packed tensors
 
 registry.declare(
     "denoise_chain_cluster",
@@ -62,13 +63,19 @@ def problem(net: Network, device: torch.device) -> str:
     return ""
 
 
-def pack(net: Network, keep: slice) -> list[Tensor]:
-    """A network as the kernel takes it, with the rows `keep` of its time table."""
+def pack(net: Network, first: int = 0) -> list[Tensor]:
+    """A network as the kernel takes it, with its time table from denoising step `first` on."""
     (w1, b1), (w2, b2) = net.hidden
     half, full = torch.bfloat16, torch.float32
-    parts = ((net.chunk_in, half), (net.time[keep], full), (w1, half), (b1, full), (w2, half))
+    parts = ((net.chunk_in, half), (net.time[first:], full), (w1, half), (b1, full), (w2, half))
     parts += ((b2, full), (net.out, half), (net.out_bias, full))
     return [t.detach().to(dtype).contiguous() for t, dtype in parts]
+
+
+def _packed(net: Network, first: int, forms: Forms) -> list[Tensor]:
+    if first not in forms:
+        forms[first] = pack(net, first)
+    return forms[first]
 
 
 def _step_table(steps: ChainSteps) -> Tensor:
@@ -88,6 +95,7 @@ def denoise_chain_cluster(
     ft_steps: int = 0,
     clip_noise: float = 3.0,
     ft_dtype: torch.dtype = torch.float32,
+    forms: tuple[Forms, Forms] | None = None,
     backend: str = "auto",
 ) -> Chain:
     """Sample the chain of `reference_chain.denoise_chain` with bfloat16 weights and activations.
@@ -100,6 +108,7 @@ def denoise_chain_cluster(
         clip_noise: bound of the noise of a step, in deviations.
         ft_dtype: of the last Kf steps: float32, which runs them in torch after the kernel, or
             bfloat16, which runs the whole chain in it.
+        forms: packed forms of tuned and base, kept from call to call while the weights stay.
         backend: `"auto"`, `"reference"` or `"cuda"`.
     Returns:
         chunk `[N, P]`, chain `[N, Kf + 1, P]`, log_prob `[N, Kf, P]`. No gradient. On the reference
@@ -114,16 +123,16 @@ def denoise_chain_cluster(
     unfit = {"cuda": why} if why else {}
     if registry.choose("denoise_chain_cluster", noise, backend, unfit) == "reference":
         return reference.denoise_chain(tuned, base, feature, noise, steps, ft_steps, clip_noise)
-    total = len(steps.p)
+    total, kept = len(steps.p), forms or ({}, {})
     conds = [F.linear(feature, net.cond_in, net.cond_bias) for net in (base, tuned)]
     if ft_dtype == torch.bfloat16:
-        nets = (pack(base, slice(None)), pack(tuned, slice(None)))
+        nets = (_packed(base, 0, kept[1]), _packed(tuned, 0, kept[0]))
         args = (_step_table(steps), total - ft_steps, ft_steps, clip_noise)
         return Chain(*torch.ops.diwa.denoise_chain_cluster.default(noise, *conds, *nets, *args))
     first = total - ft_steps
     x = noise[0]
     if first:
-        net = pack(base, slice(ft_steps, None))
+        net = _packed(base, ft_steps, kept[1])
         table = _step_table(ChainSteps(*(t[ft_steps:] for t in steps)))
         x, _, _ = torch.ops.diwa.denoise_chain_cluster.default(
             noise[: first + 1], conds[0], conds[0], net, net, table, first, 0, clip_noise

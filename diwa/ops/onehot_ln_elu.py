@@ -24,7 +24,7 @@ registry.declare(
 _lib = torch.library.Library("diwa", "FRAGMENT")
 _lib.define(
     "onehot_ln_elu_triton(Tensor? x, Tensor? idx, Tensor? table, Tensor? action, Tensor? w_a, "
-    "Tensor bias, Tensor gain, Tensor shift, float eps) -> Tensor"
+    "Tensor bias, Tensor gain, Tensor shift, float eps, ScalarType? out_dtype=None) -> Tensor"
 )
 Optional = Tensor | None
 
@@ -40,10 +40,11 @@ def _triton(
     gain: Tensor,
     shift: Tensor,
     eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     from diwa.kernels.onehot_ln_elu import onehot_ln_elu as kernel
 
-    return kernel(x, idx, table, action, w_a, bias, gain, shift, eps)
+    return kernel(x, idx, table, action, w_a, bias, gain, shift, eps, out_dtype)
 
 
 @torch.library.register_fake("diwa::onehot_ln_elu_triton")
@@ -57,9 +58,10 @@ def _fake(
     gain: Tensor,
     shift: Tensor,
     eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     first = next(t for t in (x, idx, action) if t is not None)
-    return bias.new_empty(first.shape[0], bias.shape[0])
+    return bias.new_empty(first.shape[0], bias.shape[0], dtype=out_dtype or bias.dtype)
 
 
 def _check(tensors: dict[str, Optional], bias: Tensor) -> None:
@@ -93,9 +95,10 @@ def _check(tensors: dict[str, Optional], bias: Tensor) -> None:
             )
         if tensor.device != bias.device:
             raise ValueError(f"onehot_ln_elu: {name} is on {tensor.device}, bias on {bias.device}")
-        wanted = torch.int64 if name == "idx" else bias.dtype
-        if tensor.dtype != wanted:
-            raise TypeError(f"onehot_ln_elu: {name} is {tensor.dtype}, must be {wanted}")
+        if name == "idx" and tensor.dtype != torch.int64:
+            raise TypeError(f"onehot_ln_elu: idx is {tensor.dtype}, must be torch.int64")
+        if name != "idx" and not tensor.dtype.is_floating_point:
+            raise TypeError(f"onehot_ln_elu: {name} is {tensor.dtype}, must be floating point")
 
 
 @torch.no_grad()
@@ -110,6 +113,7 @@ def onehot_ln_elu(
     action: Optional = None,
     w_a: Optional = None,
     eps: float = 1e-3,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`ELU(LN(x + one-hot(idx) table + action w_a + bias))`; no gradient.
@@ -121,9 +125,11 @@ def onehot_ln_elu(
         table: `[S C, U]`, the transposed weights of the one-hot.
         action: `[N, A]`. w_a: `[A, U]`, its transposed weights.
         eps: of the layer norm.
+        out_dtype: of the result; that of the bias if None. The other tensors may have any floating
+            dtypes.
         backend: `"auto"`, `"reference"` or `"triton"` (U up to 4096).
     Returns:
-        `[N, U]` in the dtype of the bias; the arithmetic of the Triton variant is float32.
+        `[N, U]`. The Triton variant computes in float32, the reference in the dtype of the bias.
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device or dtype; it is named.
         BackendError: the backend was forced and cannot run.
@@ -133,7 +139,7 @@ def onehot_ln_elu(
     unfit = {}
     if len(bias) > MAX_WIDTH:
         unfit["triton"] = f"a row of {len(bias)} exceeds {MAX_WIDTH}"
-    args = (x, idx, table, action, w_a, bias, gain, shift, eps)
+    args = (x, idx, table, action, w_a, bias, gain, shift, eps, out_dtype)
     if registry.choose("onehot_ln_elu", bias, backend, unfit) == "triton":
         return torch.ops.diwa.onehot_ln_elu_triton.default(*args)
     return reference.onehot_ln_elu(*args)

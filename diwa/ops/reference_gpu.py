@@ -21,26 +21,29 @@ def onehot_ln_elu(
     gain: Tensor,
     shift: Tensor,
     eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`ELU(LN(x + Σ_s table[s C + idx_s] + action w_a + bias))`, `[N, U]`.
 
     The sum over s is the product of the one-hot of `idx` with `table`. NaN where an index is
-    outside [0, C). Each of the three addends may be None.
+    outside [0, C). Each of the three addends may be None. Computed in the dtype of the bias and
+    rounded to `out_dtype`, if one is given.
 
     Shapes: x `[N, U]`, idx int64 `[N, S]`, table `[S C, U]`, action `[N, A]`, w_a `[A, U]`; bias,
     gain, shift `[U]`.
     """
     total = bias
     if x is not None:
-        total = total + x
+        total = total + x.to(bias.dtype)
     if idx is not None and table is not None:
         classes = len(table) // max(idx.shape[1], 1)
         known = (idx >= 0) & (idx < classes)
-        onehot = F.one_hot(idx.where(known, 0), classes).to(table.dtype)
-        total = total + onehot.masked_fill(~known[..., None], torch.nan).flatten(1) @ table
+        onehot = F.one_hot(idx.where(known, 0), classes).to(bias.dtype)
+        onehot = onehot.masked_fill(~known[..., None], torch.nan).flatten(1)
+        total = total + onehot @ table.to(bias.dtype)
     if action is not None and w_a is not None:
-        total = total + action @ w_a
-    return norm_elu(total, gain, shift, eps)
+        total = total + action.to(bias.dtype) @ w_a.to(bias.dtype)
+    return norm_elu(total, gain, shift, eps).to(out_dtype or bias.dtype)
 
 
 def sample_categorical(

@@ -145,6 +145,16 @@ class _BalancedKL(torch.autograd.Function):
         return *torch.ops.diwa.balanced_kl_bwd_triton.default(grad, *saved, ctx.balance), None
 
 
+def kl_problem(post: Tensor, prior: Tensor) -> str:
+    """Why the KL kernel cannot take these logits; empty if it can."""
+    if prior.dtype != post.dtype:
+        return f"post is {post.dtype}, prior {prior.dtype}"
+    groups, classes = (1 << max(n - 1, 0).bit_length() for n in post.shape[-2:])
+    if groups * classes > MAX_TILE:
+        return f"{groups} x {classes} logits exceed {MAX_TILE}"
+    return "" if post.shape[-2:].numel() else "there are no logits"
+
+
 def onehot_st(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     """`reference_rssm.onehot_st`: logits `[..., S, C]`, uniform `[..., S]` -> float32
     `[..., S * C]`."""
