@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import denoise_chain_cluster as cluster
 from . import reference_chain as reference
 from . import registry
 from .packing import ROUND, pack_weight
@@ -28,6 +29,7 @@ from .reference_chain import Chain, ChainSteps, Network
 registry.declare(
     "denoise_chain",
     registry.native("cpu", "denoise_chain"),  # csrc/cpu/denoise_chain.cpp
+    registry.native("cuda", "denoise_chain_cluster"),  # csrc/cuda/denoise_chain.cu
     registry.reference(),  # diwa/ops/reference_chain.py
 )
 
@@ -57,7 +59,7 @@ class PackedNetwork:
     """A network packed for the native chain; a copy, which does not follow its parameters.
 
     Args:
-        network: weights, float32 on the CPU.
+        network: weights, float32.
         dtype: float32 or bfloat16, of the packed weights.
     """
 
@@ -68,6 +70,7 @@ class PackedNetwork:
         self.network = network._replace(hidden=hidden, **tensors)
         self.dtype = dtype
         self._forms: dict[int, list[Tensor]] = {}
+        self.cluster_forms: dict[int, list[Tensor]] = {}  # of the CUDA variant, by first step
 
     @torch.no_grad()
     def tensors(self, dense: int) -> list[Tensor]:
@@ -140,6 +143,13 @@ def _check(
             )
 
 
+def _cluster_problem(nets: list[Network], base: PackedNetwork, device: torch.device) -> str:
+    """Why the CUDA variant cannot run; empty if it can."""
+    if base.dtype != torch.bfloat16:
+        return "multiplies in bfloat16; freeze the base as bfloat16 to allow it"
+    return next((why for net in nets if (why := cluster.problem(net, device))), "")
+
+
 @torch.no_grad()
 def denoise_chain(
     tuned: Network | PackedNetwork,
@@ -169,7 +179,8 @@ def denoise_chain(
         ft_steps: Kf, the transitions to return.
         clip_noise: bound of a step's noise, in deviations.
         table: `step_table(steps)`, if it is at hand.
-        backend: `"auto"`, `"reference"` or `"cpu"`. The native variant takes float32.
+        backend: `"auto"`, `"reference"`, `"cpu"` or `"cuda"`. The native variants take float32
+            arguments; the CUDA one a base packed as bfloat16 (`denoise_chain_cluster`).
     Returns:
         chunk `[N, P]`, chain `[N, Kf + 1, P]`, log_prob `[N, Kf, P]`. No gradient.
     Raises:
@@ -182,16 +193,30 @@ def denoise_chain(
     cond = feature if feature is not None else h
     assert cond is not None
     base = tuned if base is None else base
-    net, base_net = (n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base))
-    _check(net, base_net, cond, z_idx, noise, ft_steps)
-    if registry.choose("denoise_chain", noise, backend) == "reference":
-        if z_idx is not None:
-            cond = reference.one_hot_feature(cond, z_idx, net.cond_in.shape[1] - cond.shape[1])
-        return reference.denoise_chain(net, base_net, cond, noise, steps, ft_steps, clip_noise)
+    nets = [n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base)]
+    _check(*nets, cond, z_idx, noise, ft_steps)
     packed = PackedNetwork(tuned) if isinstance(tuned, Network) else tuned
     frozen = PackedNetwork(base) if isinstance(base, Network) else base
     if base is tuned:
         frozen = packed
+    unfit = {"cuda": _cluster_problem(nets, frozen, noise.device)}
+    chosen = registry.choose("denoise_chain", noise, backend, unfit)
+    if chosen != "cpu" and z_idx is not None:
+        cond = reference.one_hot_feature(cond, z_idx, nets[0].cond_in.shape[1] - cond.shape[1])
+    if chosen == "reference":
+        return reference.denoise_chain(*nets, cond, noise, steps, ft_steps, clip_noise)
+    if chosen == "cuda":
+        return cluster.denoise_chain_cluster(
+            *nets,
+            cond,
+            noise,
+            steps,
+            ft_steps=ft_steps,
+            clip_noise=clip_noise,
+            ft_dtype=packed.dtype,
+            forms=(packed.cluster_forms, frozen.cluster_forms),
+            backend="cuda",
+        )
     dense = cond.shape[1]
     out = torch.ops.diwa.denoise_chain.default(
         noise,
@@ -203,6 +228,6 @@ def denoise_chain(
         0 if frozen is packed else len(steps.p) - ft_steps,
         ft_steps,
         clip_noise,
-        net.residual,
+        nets[0].residual,
     )
     return Chain(*out)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import reference_rssm
+from . import reference_rssm, registry, rssm_triton
 
 
 def gae(
@@ -13,6 +13,8 @@ def gae(
     done: Tensor,
     gamma: float,
     gae_lambda: float,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (method section 5.5, fixed form).
 
@@ -27,11 +29,13 @@ def gae(
         done: `[T, N]` in {0, 1}: terminated or truncated, the trace is cut.
         gamma: discount per step, in [0, 1].
         gae_lambda: lambda, in [0, 1].
+        backend: `"auto"`, `"reference"` or `"triton"` (one scan; float32, without gradient).
     Returns:
         Advantages and returns, `[T, N]`.
     Raises:
         ValueError: wrong shape.
         TypeError: not floating point.
+        BackendError: the backend was forced and cannot run.
     """
     if reward.dim() < 1:
         raise ValueError("gae: reward must be [T, N]")
@@ -43,4 +47,10 @@ def gae(
             )
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"gae: {name} must be floating point, got {tensor.dtype}")
+    tensors = (reward, *given.values())
+    unfit = {}
+    if reward.dim() != 2 or any(t.requires_grad or t.dtype != reward.dtype for t in tensors):
+        unfit["triton"] = "takes [T, N] of one dtype, without gradient"
+    if registry.choose("gae", reward, backend, unfit) == "triton":
+        return rssm_triton.gae(reward, value, next_value, terminated, done, gamma, gae_lambda)
     return reference_rssm.gae(reward, value, next_value, terminated, done, gamma, gae_lambda)

@@ -55,7 +55,8 @@ class Variant:
         if self.missing:
             return self.missing
         if device not in self.devices and not (forced and device in self.forced_devices):
-            return f"runs on {' and '.join(self.devices)} tensors, not {device}"
+            runs_on = " and ".join(self.devices or self.forced_devices)
+            return f"runs on {runs_on} tensors, not {device}"
         if dtype not in self.dtypes:
             return f"takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}"
         return ""
@@ -90,10 +91,11 @@ def _has_kernel(op: str, key: str) -> bool:
         return False
 
 
-def triton(module: str, dtypes: tuple[torch.dtype, ...]) -> Variant:
+def triton(module: str, dtypes: tuple[torch.dtype, ...], automatic: bool = True) -> Variant:
     """A Triton implementation in `diwa.kernels.<module>`, imported at its first use.
 
-    Under TRITON_INTERPRET=1 it also takes CPU tensors when it is forced.
+    Under TRITON_INTERPRET=1 it also takes CPU tensors when it is forced. With `automatic=False` it
+    only runs when it is forced.
     """
     missing = ""
     kernels = importlib.util.find_spec("diwa.kernels")
@@ -105,8 +107,8 @@ def triton(module: str, dtypes: tuple[torch.dtype, ...]) -> Variant:
         (Path(p) / f"{module}.py").exists() for p in kernels.submodule_search_locations or ()
     ):
         missing = f"diwa.kernels.{module} is not there"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return Variant("triton", ("cuda",), dtypes, missing, ("cpu",) if interpreted else ())
+    forced = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+    return Variant("triton", ("cuda",) if automatic else (), dtypes, missing, forced)
 
 
 def declare(op: str, *variants: Variant) -> None:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference_rssm, registry
+from . import reference_rssm, registry, rssm_imagine_gpu
 from .packing import pack_weight
 from .reference_rssm import RSSMWeights
 
 registry.declare(
     "rssm_imagine",
     registry.native("cpu", "rssm_imagine"),  # csrc/cpu/rssm_imagine.cpp
+    registry.triton("onehot_ln_elu", (torch.float32,)),  # diwa/ops/rssm_imagine_gpu.py
     registry.reference(),  # diwa/ops/reference_rssm.py
 )
 
@@ -55,14 +56,15 @@ class PackedRSSM(NamedTuple):
     table: Tensor | None = None  # [Z, U]
     cell_a: Tensor | None = None  # [A, U]
     packed: tuple[Tensor, ...] = ()  # w_ih, w_hh, head_h, out
+    gpu: tuple[Tensor, ...] = ()  # rssm_imagine_gpu.pack
 
 
 def pack_rssm(w: RSSMWeights, dtype: torch.dtype = torch.float32) -> PackedRSSM:
     """Packs the weights of a prior step.
 
     Args:
-        w: weights; the head is the prior's. On another device than the CPU, or in another dtype
-            than float32, they are kept as they are, for the reference.
+        w: weights; the head is the prior's. In another dtype than float32 they are kept as they
+            are, for the reference.
         dtype: float32 or bfloat16, of the four large matrices and what they multiply; sums are
             float32, and so are the rows that a one-hot z selects.
     Returns:
@@ -73,8 +75,10 @@ def pack_rssm(w: RSSMWeights, dtype: torch.dtype = torch.float32) -> PackedRSSM:
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"pack_rssm: dtype must be float32 or bfloat16, got {dtype}")
     w = RSSMWeights(*(None if t is None else t.detach() for t in w))  # type: ignore[arg-type]
-    if w.cell_z.device.type != "cpu" or any(t is not None and t.dtype != torch.float32 for t in w):
+    if any(t is not None and t.dtype != torch.float32 for t in w):
         return PackedRSSM(w, dtype)
+    if w.cell_z.device.type != "cpu":
+        return PackedRSSM(w, dtype, gpu=rssm_imagine_gpu.pack(w, dtype))
     return PackedRSSM(
         w,
         dtype,
@@ -147,8 +151,8 @@ def rssm_imagine(
         unimix: share of the uniform distribution in every sampled categorical.
         eps: of the layer norms.
         return_features: also return `[h, onehot(z)]`.
-        backend: `"auto"`, `"reference"` (which computes in the dtype of the weights) or `"cpu"`
-            (float32 states, weights float32 before packing).
+        backend: `"auto"`, `"reference"` (which computes in the dtype of the weights), `"cpu"` or
+            `"triton"` (both: float32 states, weights float32 before packing).
     Returns:
         h `[L, N, H]`, z_idx `[L, N, S]` (int64) and features `[L, N, F]` or None. A group whose
         probabilities are NaN has the index -1, and NaN in the features.
@@ -164,7 +168,19 @@ def rssm_imagine(
         unfit = "needs float32 weights on the CPU"
     elif any(t.dtype != torch.float32 for t in (h, actions, uniforms)):
         unfit = "takes float32 arguments only"
-    if registry.choose("rssm_imagine", h, backend, {"cpu": unfit}) == "reference":
+    reasons = {"cpu": unfit, "triton": "" if p.gpu else "needs float32 weights on a GPU"}
+    chosen = registry.choose("rssm_imagine", h, backend, reasons)
+    if chosen == "triton":
+        hs, indices = rssm_imagine_gpu.imagine(
+            *(w, p.gpu, h, z_idx, actions, uniforms),
+            temperature=temperature,
+            unimix=unimix,
+            eps=eps,
+        )
+        classes = len(w.out) // uniforms.shape[2]
+        features = reference_rssm.rssm_features(hs, indices, classes) if return_features else None
+        return hs, indices, features
+    if chosen == "reference":
         hs, indices = reference_rssm.rssm_imagine(
             w, h, z_idx, actions, uniforms, temperature=temperature, unimix=unimix, eps=eps
         )

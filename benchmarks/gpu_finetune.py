@@ -1,0 +1,197 @@
+"""Fine-tuning at the paper's sizes on a world model with random weights: the speed of the loop.
+
+    python -m benchmarks.gpu_finetune --out finetune.json [--seconds 120] [--iterations 768]
+
+Nothing is learned from random weights; the work is the same. Reports the median time of an
+iteration (50 dreams x 36 chunks x 4 steps, 10 epochs) and of its rollout and update, imagined steps
+per second, kernel launches per iteration and, if all iterations ran before `--seconds`, the wall
+clock from start to saved policy. `--tiny --device cpu` tries the code without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diwa.agent import save_policy
+from diwa.config import PRESETS, Config
+from diwa.envs.dream import ClassifierSuccess
+from diwa.nn.diffusion import DiffusionPolicy
+from diwa.nn.heads import RewardClassifier
+from diwa.nn.world_model import WorldModel
+from diwa.phases.finetune import Finetuner, Rollout
+
+PAPER_ITERATIONS, STARTS = 768, 200
+
+
+def build(config: Config) -> Finetuner:
+    """A fine-tuning of random models on random starts."""
+    torch.manual_seed(0)
+    device = torch.device(config.device)
+    model = WorldModel(config.world_model).requires_grad_(False).eval().to(device)
+    base = DiffusionPolicy(model.feature_dim, config.policy).requires_grad_(False).to(device)
+    head = RewardClassifier(model.feature_dim, config.reward.width).requires_grad_(False)
+    starts = {"robot_obs": torch.randn(STARTS, 15), "scene_obs": torch.randn(STARTS, 24)}
+    starts = {name: t.to(device) for name, t in starts.items()}
+    success = ClassifierSuccess(head.to(device), config.reward.threshold)
+    return Finetuner(config, model, base, success, starts)
+
+
+def settings(device: str, tiny: bool) -> Config:
+    """The paper's hyper-parameters; no simulator, no behaviour cloning, every epoch runs."""
+    preset = PRESETS["tiny" if tiny else "paper"]
+    c = dataclasses.replace(preset.finetune, bc_coef=0.0, eval_every=0, target_kl=1e9)
+    if not tiny:
+        c = dataclasses.replace(c, n_dreams=50, n_chunks=36, update_epochs=10, minibatches=1)
+    return dataclasses.replace(preset, device=device, finetune=c)
+
+
+def rollout_graph(tuner: Finetuner) -> Callable[[], Rollout]:
+    """The whole rollout as one CUDA graph.
+
+    A rollout begins with a reset of every dream, so a replay depends on nothing but the weights and
+    the generator, whose state the graph advances.
+
+    Raises:
+        RuntimeError: the capture was refused.
+    """
+
+    def once() -> Rollout:
+        tuner.actor._sampler = None  # the table of the time embedding belongs into the graph
+        return tuner.rollout()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(tuner.generator)
+    with torch.cuda.graph(graph):
+        static = once()
+
+    def replay() -> Rollout:
+        graph.replay()
+        return static
+
+    return replay
+
+
+def launches(call: Callable[[], Any]) -> int | None:
+    """Kernels and graphs that one call starts; None if the profiler sees no device."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+    wanted = (*names, "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+    return sum(e.count for e in profile.key_averages() if e.key in wanted) or None
+
+
+class Watch:
+    """Seconds since it was made or last read, with the device's work finished."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.last = cuda, time.perf_counter()
+
+    def __call__(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[str, Any]:
+    """Times iterations; what could not be had is named in `skipped`."""
+    cuda, skipped = config.device.startswith("cuda"), {}
+    begin = time.perf_counter()
+    tuner = build(config)
+    rollout = tuner.rollout
+    if graph and cuda:
+        try:
+            rollout = rollout_graph(tuner)
+        except RuntimeError as reason:
+            skipped["graph of the rollout"] = str(reason).splitlines()[0]
+            torch.cuda.synchronize()
+    elif graph:
+        skipped["graph of the rollout"] = "no CUDA device"
+    watch, times = Watch(cuda), []
+    finite = torch.ones((), dtype=torch.bool, device=tuner.device)
+    for number in range(iterations):
+        if time.perf_counter() - begin > seconds:
+            break
+        watch()
+        r = rollout()
+        first = watch()
+        tuner.update(r, train_actor=number >= config.finetune.critic_warmup)
+        times.append((first, watch()))
+        finite &= r.log_prob.isfinite().all()
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(Path(folder), tuner.actor, config.finetune.ft_denoising_steps)
+    total = time.perf_counter() - begin
+    c, chunk = config.finetune, config.policy.chunk
+    steps = c.n_dreams * c.n_chunks * chunk
+    steady = times[3:] or times  # the first ones tune GEMMs and compile kernels
+    median = statistics.median(a + b for a, b in steady)
+    out: dict[str, Any] = {
+        "finetune_iteration_s": median,
+        "rollout_s": statistics.median(a for a, _ in steady),
+        "update_s": statistics.median(b for _, b in steady),
+        "rollout_imagined_steps_per_s": steps / statistics.median(a for a, _ in steady),
+        "iterations": len(times),
+        "imagined_steps": len(times) * steps,
+        "finite": bool(finite),
+        "skipped": skipped,
+    }
+    if len(times) == iterations == PAPER_ITERATIONS:
+        out["finetune_full"] = {"seconds": total, "imagined_steps": out["imagined_steps"]}
+    if cuda:
+        out["launches_per_iteration"] = launches(lambda: tuner.update(rollout(), True))
+        out["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return out
+
+
+def _old_log_prob_error(config: Config) -> float:
+    """Largest difference between old log-probabilities and those of the network before any
+    update; a ratio of PPO starts at one only if this is small."""
+    tuner = build(config)
+    r = tuner.rollout()
+    feature, chain = (t.flatten(0, 1)[:256] for t in (r.feature, r.chain))
+    with torch.no_grad():
+        new: Tensor = tuner.actor.chain_log_prob(feature, chain).clamp(-5, 2).mean((-2, -1))
+    return (new - r.log_prob.flatten(0, 1)[:256]).abs().max().item()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--iterations", type=int, default=PAPER_ITERATIONS)
+    parser.add_argument("--seconds", type=float, default=120.0, help="no iteration after this")
+    parser.add_argument("--no-graph", action="store_true", help="rollouts launch kernel by kernel")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
+    parser.add_argument("--out", type=Path, help="JSON file; none is written without it")
+    a = parser.parse_args()
+    config = settings(a.device, a.tiny)
+    result = run(config, a.iterations, a.seconds, not a.no_graph)
+    result["old_log_prob_error"] = _old_log_prob_error(config)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if a.out:
+        a.out.write_text(text + "\n", encoding="utf-8")
+    return 0 if result["finite"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
