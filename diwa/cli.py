@@ -40,6 +40,7 @@ COMMANDS = {
     "finetune": "5. improve the policy by PPO inside the world model",
     "evaluate": "6. success before and after, in the simulator",
     "report": "7. table, plots, videos and a page that shows them",
+    "convert": "CALVIN data and checkpoints of DiWA, LUMOS and DPPO, in and out",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {
@@ -145,6 +146,11 @@ def _dispatch(arguments: list[str]) -> int:
         from .info import show
 
         print(show())
+        return 0
+    if command == "convert":
+        from . import convert_cli
+
+        convert_cli.main(rest)
         return 0
     return _run(command, parse(command, rest))
 
