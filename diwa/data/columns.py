@@ -72,7 +72,9 @@ class Column:
                 f"rows {rows.min()} to {rows.max()} of {len(self.array)} in {self.file}"
             )
         out = np.empty((*rows.shape, *self.array.shape[1:]), self.array.dtype)
-        by_stream = rows.reshape(len(rows), -1)
+        if not rows.size:
+            return out
+        by_stream = rows.reshape(len(rows), int(np.prod(rows.shape[1:])))
         target = out.reshape(*by_stream.shape, *self.array.shape[1:])
         for stream in range(by_stream.shape[1]):
             wanted = by_stream[:, stream]
