@@ -42,6 +42,7 @@ COMMANDS = {
     "report": "7. table, plots, videos and a page that shows them",
     "compare": "base policy, DiWA and the online baseline of several runs, as a table",
     "bench": "speed of the operators on this machine, against plain torch and others",
+    "convert": "CALVIN data and checkpoints of DiWA, LUMOS and DPPO, in and out",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {
@@ -164,6 +165,11 @@ def _dispatch(arguments: list[str]) -> int:
         from .bench import main as bench
 
         return bench(rest)
+    if command == "convert":
+        from . import convert_cli
+
+        convert_cli.main(rest)
+        return 0
     return _run(command, parse(command, rest))
 
 
