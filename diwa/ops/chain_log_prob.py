@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import reference_chain as reference
 from . import registry
 from .reference_chain import HALF_LOG_2PI, ChainSteps, Network
+from .weights import check_network
 
 registry.declare(
     "chain_log_prob",
@@ -118,6 +119,7 @@ class _ChainLogProb(torch.autograd.Function):
 def _check(
     net: Network, feature: Tensor, x: Tensor, x_next: Tensor, step: Tensor, steps: ChainSteps
 ) -> None:
+    check_network("chain_log_prob", net)
     p, f, k = len(net.out_bias), net.cond_in.shape[1], len(steps.p)
     if feature.dim() != 2 or feature.shape[1] != f:
         raise ValueError(f"chain_log_prob: feature must be [M, {f}], got {list(feature.shape)}")
@@ -134,6 +136,8 @@ def _check(
             f"chain_log_prob: step must be int64 {list(x.shape[:2])} or {[x.shape[1]]}, got "
             f"{step.dtype} {list(step.shape)}"
         )
+    if step.device != x.device:
+        raise ValueError(f"chain_log_prob: step is on {step.device}, x on {x.device}")
     if len(net.time) != k:
         raise ValueError(f"chain_log_prob: {len(net.time)} rows of time for {k} steps")
     for name, tensor in (("x", x), ("x_next", x_next), ("network", net.cond_in)):

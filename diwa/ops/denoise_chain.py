@@ -25,6 +25,7 @@ from . import reference_chain as reference
 from . import registry
 from .packing import ROUND, pack_weight
 from .reference_chain import Chain, ChainSteps, Network
+from .weights import check_network
 
 registry.declare(
     "denoise_chain",
@@ -64,6 +65,7 @@ class PackedNetwork:
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
+        check_network("denoise_chain", network)
         hidden = tuple((w.detach(), b.detach()) for w, b in network.hidden)
         values = network._asdict().items()
         tensors: dict[str, Any] = {k: v.detach() for k, v in values if isinstance(v, Tensor)}
@@ -110,6 +112,8 @@ def _check(
             f"denoise_chain: feature must be [N, {f}], got {list(cond.shape)}; or give h and z_idx"
         )
     if z_idx is not None:
+        if z_idx.device != cond.device:
+            raise ValueError(f"denoise_chain: z_idx is on {z_idx.device}, h on {cond.device}")
         if z_idx.dim() != 2 or len(z_idx) != n or z_idx.dtype != torch.int64:
             raise ValueError(
                 f"denoise_chain: z_idx must be int64 [{n}, S], got {list(z_idx.shape)} "

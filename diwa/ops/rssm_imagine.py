@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference_rssm, registry, rssm_imagine_gpu
 from .packing import pack_weight
 from .reference_rssm import RSSMWeights
+from .weights import check_rssm
 
 registry.declare(
     "rssm_imagine",
@@ -71,9 +72,11 @@ def pack_rssm(w: RSSMWeights, dtype: torch.dtype = torch.float32) -> PackedRSSM:
         A copy: it does not follow later changes of the weights (`diwa.nn.FrozenRSSM` does).
     Raises:
         TypeError: another dtype.
+        ValueError: weights that do not fit each other.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"pack_rssm: dtype must be float32 or bfloat16, got {dtype}")
+    check_rssm("pack_rssm", w)
     w = RSSMWeights(*(None if t is None else t.detach() for t in w))  # type: ignore[arg-type]
     if any(t is not None and t.dtype != torch.float32 for t in w):
         return PackedRSSM(w, dtype)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import reference_rssm, registry
 from .packing import pack_weight
 from .reference_rssm import RSSMWeights
+from .weights import check_rssm
 
 registry.declare(
     "rssm_observe",
@@ -174,6 +175,7 @@ def _check(
     z: Tensor,
     uniform: Tensor,
 ) -> None:
+    check_rssm("rssm_observe", w)
     if w.head_e is None:
         raise ValueError("rssm_observe: the weights have no head_e; they are not a posterior's")
     if embed.dim() != 3:
