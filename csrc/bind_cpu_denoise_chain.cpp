@@ -40,7 +40,7 @@ void read_net(Net& net, const std::vector<Tensor>& t, const char* name, const De
   const auto packed = [&](int64_t n, int64_t k) { return round(n) * (bf16 ? k + (k & 1) : k); };
   check_size(t[0], name, "chunk_in", type, packed(a.W, a.P));
   check_size(t[1], name, "cond_in", type, packed(a.W, a.D));
-  check_size(t[2], name, "table", type, a.z_idx ? a.S * a.C * round(a.W) : 0);
+  check_size(t[2], name, "table", type, a.S * a.C * round(a.W));
   check_size(t[3], name, "bias", ScalarType::Float, a.K * a.W);
   for (int64_t i = 0; i < a.layers; ++i) {
     check_size(t[4 + 2 * i], name, "hidden", type, packed(a.W, a.W));
@@ -54,7 +54,7 @@ void read_net(Net& net, const std::vector<Tensor>& t, const char* name, const De
   net.args = {bf16,
               t[0].const_data_ptr(),
               t[1].const_data_ptr(),
-              a.z_idx ? t[2].const_data_ptr() : nullptr,
+              a.S ? t[2].const_data_ptr() : nullptr,
               f32(t[3]),
               net.hidden.data(),
               net.hidden_bias.data(),

@@ -7,7 +7,7 @@
 namespace diwa {
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512"};
+constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 int best_level() {
 #if defined(__x86_64__)
@@ -15,14 +15,15 @@ int best_level() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? 2 : 1;
+  if (!wide) return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif
 }
 
 int by_name(const char* name) {
-  for (int i = 0; i < 3; ++i)
+  for (int i = 0; i < 4; ++i)
     if (!std::strcmp(name, kNames[i])) return i;
   return -1;
 }

@@ -16,16 +16,18 @@ PYBIND11_MODULE(_C, m) {
       },
       "Compiler and C++ standard the native libraries were built with.");
   m.def(
-      "cpu_isa", [] { return diwa_cpu_isa(); }, "Instruction set in force: base, avx2 or avx512.");
+      "cpu_isa", [] { return diwa_cpu_isa(); },
+      "Instruction set in force: base, avx2, avx512 or avx512_bf16.");
   m.def(
       "set_cpu_isa",
       [](const char* name) {
         switch (diwa_set_cpu_isa(name)) {
           case 1:
-            throw py::value_error("cpu isa must be base, avx2 or avx512");
+            throw py::value_error("cpu isa must be base, avx2, avx512 or avx512_bf16");
           case 2:
             throw py::value_error("this processor does not have that instruction set");
         }
       },
-      py::arg("name"), "Run the CPU kernels on this instruction set: base, avx2 or avx512.");
+      py::arg("name"),
+      "Run the CPU kernels on this instruction set: base, avx2, avx512 or avx512_bf16.");
 }

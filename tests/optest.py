@@ -11,6 +11,7 @@ import diwa
 
 GPU = torch.cuda.is_available()
 HALVES = (torch.bfloat16, torch.float16)
+CPU_ISAS = [f"cpu-{isa}" for isa in ("base", "avx2", "avx512", "avx512_bf16")]
 
 
 @dataclass(frozen=True)

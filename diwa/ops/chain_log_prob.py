@@ -89,7 +89,7 @@ class _ChainLogProb(torch.autograd.Function):
         d_eps = (grad.view_as(slope) * slope).view_as(x)
         d_out, d_out_bias = d_eps.t().mm(act[-1]), d_eps.sum(0)
         d = d_eps.mm(out)  # of the input of the layer above
-        stream = d if ctx.residual else None
+        stream = d  # of the residual stream
         d_hidden: list[Tensor] = []
         for i in reversed(range(layers)):
             if ctx.residual and i % 2:

@@ -75,6 +75,9 @@ class Finetuner:
         self.device = torch.device(config.device)
         self.world_model, self.base = world_model, base
         self.actor = copy.deepcopy(base).requires_grad_(True)
+        # packed again whenever an update has changed the actor
+        self.sampler = self.actor.freeze(torch.float32)
+        self.frozen_base = base.freeze(getattr(torch, c.frozen_dtype))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.critic = Critic(world_model.feature_dim).to(self.device)
@@ -116,10 +119,10 @@ class Finetuner:
         for _ in range(c.n_chunks):
             self._reset(done)
             first, feature = done.float(), self.dream.state.feature
-            sampled = self.actor.sample(
+            sampled = self.sampler.sample(
                 feature,
                 self.actor.noise(c.n_dreams, self.generator),
-                base=self.base,
+                base=self.frozen_base,
                 ft_steps=c.ft_denoising_steps,
                 explore=True,
             )

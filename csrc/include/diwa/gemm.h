@@ -32,6 +32,7 @@ using simd::vf;
 using simd::vi;
 
 constexpr int64_t kPanel = 16;         // outputs of a panel
+constexpr int64_t kLine = 64;          // bytes of a step of a panel, both in float32 and bfloat16
 constexpr int64_t kCols = 2 * DIWA_W;  // outputs of a register tile, at most kStrip
 #if DIWA_W == 16
 constexpr int kRows = 14;  // 28 of 32 registers hold sums
@@ -151,16 +152,19 @@ struct Step<true> {
 #endif
 
 // One register tile over `steps` steps: c (kCols apart) = or += the sums. With few rows, several
-// partial sums (U) hide the latency of the multiply-add.
+// partial sums (U) hide the latency of the multiply-add. With more, the weights `ahead`, of the
+// next block, are fetched meanwhile.
 template <bool BF, int R, int U>
 void tile(const typename Act<BF>::type* a, int64_t lda, const char* b0, const char* b1,
-          int64_t steps, float* c, bool add) {
+          int64_t steps, int64_t ahead, float* c, bool add) {
   vf sum[U][R][2] = {};
   int64_t k = 0;
   for (; k + U <= steps; k += U) {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const Step<BF> w(b0, b1, k + u);
+      if (R > 2) __builtin_prefetch(b0 + ahead + (k + u) * kLine, 0, 2);
+      if (R > 2 && kCols > kPanel) __builtin_prefetch(b1 + ahead + (k + u) * kLine, 0, 2);
 #pragma GCC unroll 14
       for (int i = 0; i < R; ++i)
         w.add(a + i * lda + (k + u) * Step<BF>::kWidth, sum[u][i][0], sum[u][i][1]);
@@ -190,7 +194,7 @@ void tile(const typename Act<BF>::type* a, int64_t lda, const char* b0, const ch
 template <bool BF>
 struct Tiles {
   typedef void (*Fn)(const typename Act<BF>::type*, int64_t, const char*, const char*, int64_t,
-                     float*, bool);
+                     int64_t, float*, bool);
   // The tile of R rows.
   DIWA_INLINE Fn of(int64_t rows) {
     static constexpr Fn table[] = {
@@ -221,10 +225,12 @@ DIWA_INLINE void run(const Weight& w, const typename Act<BF>::type* a, int64_t l
     for (int64_t k = 0; k < w.K; k += kBlock) {
       const int64_t left = w.K - k < kBlock ? w.K - k : kBlock;
       const int64_t steps = BF ? even(left) / 2 : left, at = k * kPanel * (BF ? 2 : 4);
+      const int64_t next = (kCols + kPanel - 1) / kPanel * w.panel - at;  // of the strip to come
+      const int64_t ahead = k + kBlock < w.K ? kBlock * kPanel * (BF ? 2 : 4) : next;
       for (int64_t t = 0, m = 0; t < tiles; ++t) {
         const int64_t rows = M / tiles + (t < M % tiles);
-        Tiles<BF>::of(rows)(a + m * lda + k, lda, b[0] + at, b[1] + at, steps, strip + m * kCols,
-                            k > 0);
+        Tiles<BF>::of(rows)(a + m * lda + k, lda, b[0] + at, b[1] + at, steps, ahead,
+                            strip + m * kCols, k > 0);
         m += rows;
       }
     }
