@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import doctest
 import math
 import pickle
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_ppo import bandit
 
+import diwa.nn.diffusion
 from diwa.agent import Agent
 from diwa.config import PolicyConfig
 from diwa.nn.diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
@@ -239,6 +241,11 @@ def test_plain_mlp_is_dppo_s():
         y = layer(torch.nn.functional.mish(y))
     out = net(x, net.time_table()[t], net.cond_in(feature))
     torch.testing.assert_close(out, y, rtol=1e-5, atol=1e-5)  # sums in another order
+
+
+def test_docstring_of_the_module():
+    result = doctest.testmod(diwa.nn.diffusion)
+    assert result.attempted and not result.failed
 
 
 def test_odd_residual_network_is_refused():

@@ -211,6 +211,22 @@ class DenoisingMLP(nn.Module):
 class DiffusionPolicy(nn.Module):
     """Denoising diffusion policy pi(chunk | feature).
 
+    Equivalent to (evaluation, one network for all steps):
+
+    >>> import torch, diwa.nn
+    >>> from diwa.config import PolicyConfig
+    >>> policy = diwa.nn.DiffusionPolicy(16, PolicyConfig(width=32))
+    >>> net, s = policy.net, policy.schedule
+    >>> feature, noise = torch.randn(2, 16), torch.randn(21, 2, 4, 7)
+    >>> x, std = noise[0].flatten(1), s.evaluation_std()
+    >>> for t in reversed(range(20)):
+    ...     eps = net(x, net.time_table()[t], net.cond_in(feature))
+    ...     mean = s.c1[t] * (s.p[t] * x - s.q[t] * eps).clamp(-1, 1) + s.c2[t] * x
+    ...     x = mean + std[t] * noise[20 - t].flatten(1).clamp(-3, 3)
+    >>> chunk = policy.sample(feature, noise).chunk
+    >>> torch.allclose(chunk.flatten(1), x, atol=1e-4)
+    True
+
     Args:
         cond_dim: F.
         config: sizes and deviations.
