@@ -6,17 +6,18 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
 PRESET ?= small
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 NATIVE := pyproject.toml setup.py CMakeLists.txt tools/diwa_build.py $(shell find csrc -type f)
 
-.PHONY: help demo test install-demo install-test lint bench clean
+.PHONY: help demo test install-demo install-test install-bench lint bench clean
 
 help:
 	@echo "make demo   from nothing to a fine-tuned skill: install, run, before/after table"
 	@echo "make test   install and pass the tests"
-	@echo "make bench  measure the operators"
+	@echo "make bench  measure the operators against others, write benchmarks/README.md"
 	@echo "make clean  remove .venv, build folders and caches (not runs/)"
 
 $(VENV)/torch:
@@ -31,11 +32,16 @@ $(VENV)/demo: $(VENV)/torch $(NATIVE)
 	@touch $@
 
 $(VENV)/test: $(VENV)/torch $(NATIVE)
-	$(PIP) -e ".[all,dev,bench]"
+	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+$(VENV)/bench: $(VENV)/torch $(NATIVE)
+	$(PIP) -e ".[all,bench]"
 	@touch $@
 
 install-demo: $(VENV)/demo
 install-test: $(VENV)/test
+install-bench: $(VENV)/bench
 
 demo: install-demo
 	$(BIN)/diwa run --preset $(PRESET)
@@ -52,8 +58,10 @@ lint: install-test
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-bench: install-test
-	$(BIN)/pytest benchmarks --benchmark-only
+# Leave the machine alone meanwhile: about an hour, most of it torch.compile.
+bench: install-bench
+	$(BIN)/diwa bench $(BENCH_ARGS)
+	$(BIN)/python benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

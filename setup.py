@@ -127,8 +127,13 @@ class CMakeBuild(build_ext):
 
 setup(
     version=VERSION,
-    packages=[*find_packages(include=["diwa", "diwa.*"]), "diwa.kernels"],
-    package_dir={"diwa": "diwa", "diwa.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["diwa", "diwa.*"]),
+        "diwa.kernels",
+        "diwa.benchmarks",
+        "diwa.benchmarks.peers",
+    ],
+    package_dir={"diwa": "diwa", "diwa.kernels": "kernels", "diwa.benchmarks": "benchmarks"},
     package_data={"diwa": ["py.typed", "*.pyi"]},
     ext_modules=[
         CMakeExtension("diwa.libdiwa_cpu"),

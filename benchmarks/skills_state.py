@@ -1,7 +1,9 @@
 """All eight skills before and after imagined fine-tuning -> benchmarks/results/skills_state.json.
 
 One run folder holds the play and the world model (`base`), one more per skill and seed uses them
-through `from_run`. Stages can be run alone, on different machines; finished phases are skipped::
+through `from_run`. Where `base` exists with its own config.json (a longer or continued training of
+the world model, say), that is used. Stages can be run alone, on different machines; finished phases
+are skipped::
 
     python benchmarks/skills_state.py --folder runs/skills --stage collect
     python benchmarks/skills_state.py --folder runs/skills --stage learn --device cuda --jobs 4
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from diwa.checkpoint import write_json
-from diwa.config import PRESETS, Config
+from diwa.config import PRESETS, Config, from_dict
 from diwa.envs.tasks import TASKS
 from diwa.phases.evaluate import summary
 from diwa.run import RunFolder
@@ -37,6 +39,29 @@ STAGES = ("collect", "learn", "evaluate", "summarise")
 def base_config(args: argparse.Namespace) -> Config:
     """Configuration of the shared play and world model."""
     return dataclasses.replace(PRESETS[args.preset], device=args.device, threads=1)
+
+
+def base_run(args: argparse.Namespace) -> RunFolder:
+    """The run that lends its play and world model, with whatever settings made it."""
+    path = args.folder / "base"
+    saved = path / "config.json"
+    if not saved.exists():
+        return RunFolder(path, base_config(args))
+    text = json.loads(saved.read_text())
+    text.update(device=args.device)
+    write_json(saved, text)
+    return RunFolder(path, from_dict(Config, text))
+
+
+def training_of(base: Path) -> list[dict[str, Any]]:
+    """How a world model was trained, one entry per run that continued another."""
+    config = json.loads((base / "config.json").read_text())["world_model"]
+    result = json.loads((base / "world_model" / "result.json").read_text())
+    keys = ("steps", "batch_size", "seq_len", "lr", "state_weight", "detail_weight")
+    own = {k: config[k] for k in keys}
+    own.update(seconds=result["seconds"], device=result["device"])
+    source = config.get("init_from")
+    return [*(training_of(Path(source)) if source else []), own]
 
 
 def skill_config(args: argparse.Namespace, task: str, seed: int) -> Config:
@@ -66,8 +91,8 @@ def collect_stage(args: argparse.Namespace) -> None:
     """Play once, then demonstrations and starts of every skill and seed."""
     from diwa.phases.collect import collect
 
-    config = base_config(args)
-    collect(config, RunFolder(args.folder / "base", config))
+    run = base_run(args)
+    collect(run.config, run)
     for task, seed in args.pairs:
         collect(*open_run(args, task, seed))
         print(f"collected {task} seed {seed}", flush=True)
@@ -101,12 +126,8 @@ def learn_world_model(args: argparse.Namespace) -> None:
     """The shared world model."""
     from diwa.phases.world_model import train_world_model
 
-    config = base_config(args)
-    path = args.folder / "base" / "config.json"
-    text = json.loads(path.read_text())
-    text.update(device=config.device)
-    write_json(path, text)
-    train_world_model(config, RunFolder(args.folder / "base", config))
+    run = base_run(args)
+    train_world_model(run.config, run)
 
 
 def for_all(args: argparse.Namespace, work: Callable[..., str], jobs: int) -> None:
@@ -120,8 +141,12 @@ def for_all(args: argparse.Namespace, work: Callable[..., str], jobs: int) -> No
 
 def summarise(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the results of the run folders in the published schema."""
-    base = RunFolder(args.folder / "base", base_config(args), quiet=True)
-    shared = {p: base.result(p)["seconds"] for p in ("collect", "world_model")}
+    base = base_run(args)
+    training = training_of(base.path)
+    shared = {
+        "collect": base.result("collect")["seconds"],
+        "world_model": sum(stage["seconds"] for stage in training),
+    }
     tasks: dict[str, Any] = {}
     for task in args.tasks:
         runs = [open_run(args, task, seed)[1] for t, seed in args.pairs if t == task]
@@ -149,8 +174,8 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     gains = [t["finetuned"]["success"] - t["base"]["success"] for t in tasks.values()]
     gaps = [abs(t["imagined_final"] - t["finetuned"]["success"]) for t in tasks.values()]
     learned_on = json.loads((skill_folder(args, *args.pairs[0]) / "versions.json").read_text())
-    dreamer = base.result("world_model")
-    device = f"{learned_on['device']}; world model on {dreamer['device']}"
+    devices = " then ".join(dict.fromkeys(stage["device"] for stage in training))
+    device = f"{learned_on['device']}; world model on {devices}"
     return {
         "meta": {
             "commit": learned_on["commit"],
@@ -161,7 +186,8 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
         },
         "mean_gain": statistics.mean(gains),
         "mean_gap": statistics.mean(gaps),
-        "open_loop": dreamer["open_loop"],
+        "world_model_training": training,
+        "open_loop": base.result("world_model")["open_loop"],
         "tasks": tasks,
     }
 

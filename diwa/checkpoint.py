@@ -123,7 +123,7 @@ def load_state(folder: str | Path, module: nn.Module, *, strict: bool = True) ->
     if problems:
         raise CheckpointError(
             f"{path} does not fit this {type(module).__name__}, it is of another architecture:\n"
-            f"{_shorten(problems)}\nUse the settings in {path.with_name('config.json')}."
+            f"{shorten(problems)}\nUse the settings in {path.with_name('config.json')}."
         )
     module.load_state_dict(tensors, strict=strict)
 
@@ -256,7 +256,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be stored")
 
 
-def _shorten(lines: list[str], most: int = 6) -> str:
+def shorten(lines: list[str], most: int = 6) -> str:
+    """The first lines, indented, and how many more there are."""
     rest = len(lines) - most
     return "\n".join(f"  {line}" for line in lines[:most]) + (
         f"\n  ... and {rest} more" if rest > 0 else ""

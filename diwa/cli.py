@@ -40,6 +40,9 @@ COMMANDS = {
     "finetune": "5. improve the policy by PPO inside the world model",
     "evaluate": "6. success before and after, in the simulator",
     "report": "7. table, plots, videos and a page that shows them",
+    "compare": "base policy, DiWA and the online baseline of several runs, as a table",
+    "bench": "speed of the operators on this machine, against plain torch and others",
+    "convert": "CALVIN data and checkpoints of DiWA, LUMOS and DPPO, in and out",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {
@@ -52,6 +55,9 @@ FUNCTIONS = {
     "report": "diwa.report:report",
 }
 """Phase -> function of (config, run folder), in the order of a run."""
+
+ONLINE = "diwa.phases.online:finetune_online"
+"""The baseline that `diwa finetune --online` runs, which is no phase of a run."""
 
 SECTIONS = {"policy": "pretrain"}
 """Phase that the settings of a section first matter to, where the names differ."""
@@ -78,6 +84,8 @@ class Options:
     """Folder of the run [runs/PRESET-TASK-sSEED]. If it exists, its settings are the defaults."""
     overwrite: bool = False
     """Do it again: forget what the folder holds of this phase and those after it."""
+    online: bool = False
+    """`diwa finetune` only: PPO in the simulator instead, the baseline that DiWA is compared to."""
     # An empty name, so that settings are `--task` and `--world-model.steps`.
     settings: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["small"]
 
@@ -140,11 +148,27 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean `diwa {close[0]}`?" if close else f"there are {', '.join(COMMANDS)}."
         raise DiwaError(f"there is no command '{command}'; {hint}")
+    if command == "compare":
+        parser = argparse.ArgumentParser("diwa compare", description=COMMANDS["compare"])
+        parser.add_argument("run_dir", nargs="+", type=Path, help="folders of evaluated runs")
+        from .compare import show as show_comparison
+
+        show_comparison(parser.parse_args(rest).run_dir)
+        return 0
     if command == "info":
         argparse.ArgumentParser("diwa info", description=COMMANDS["info"]).parse_args(rest)
         from .info import show
 
         print(show())
+        return 0
+    if command == "bench":
+        from .bench import main as bench
+
+        return bench(rest)
+    if command == "convert":
+        from . import convert_cli
+
+        convert_cli.main(rest)
         return 0
     return _run(command, parse(command, rest))
 
@@ -256,6 +280,10 @@ def _run(command: str, options: Options) -> int:
     from . import run as runs
 
     names = list(FUNCTIONS) if command == "run" else [command.replace("-", "_")]
+    if options.online:
+        if command != "finetune":
+            raise DiwaError("--online belongs to `diwa finetune`")
+        return _run_online(options)
     run = open_run(options, names[0])
     try:
         if command == "report":
@@ -271,9 +299,25 @@ def _run(command: str, options: Options) -> int:
     return 0
 
 
+def _run_online(options: Options) -> int:
+    from . import run as runs
+
+    if options.overwrite and options.run_dir:
+        runs.discard(options.run_dir, ["online"])
+    run = open_run(dataclasses.replace(options, overwrite=False), "finetune")
+    try:
+        result = phase_function("online")(run.config, run)
+    finally:
+        run.close()
+    last = result["evaluations"][-1]
+    print(f"{result['env_steps']:,} simulator steps, success {last['success']:.0%}")
+    return 0
+
+
 def phase_function(name: str) -> Callable[[Config, RunFolder], dict[str, Any]]:
     """The function of a phase, imported now."""
-    module, _, attribute = FUNCTIONS[name].partition(":")
+    target = ONLINE if name == "online" else FUNCTIONS[name]
+    module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

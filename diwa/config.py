@@ -77,6 +77,8 @@ class WorldModelConfig:
     """Width of the state encoder and decoder."""
     observe_blocks: bool = False
     """Observe and predict the poses of the three blocks as well."""
+    init_from: str | None = None
+    """Folder of another run whose world model, of the same architecture, training starts from."""
     steps: int = 3000
     """Gradient steps."""
     batch_size: int = 16
@@ -240,6 +242,24 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """The same PPO in the simulator: the online DPPO baseline of the paper."""
+
+    envs: int = 16
+    """Episodes side by side, one process each."""
+    n_chunks: int = 36
+    """Action chunks per episode slot and iteration."""
+    max_env_steps: int = 200_000
+    """Simulator steps after which the baseline gives up."""
+    target_success: float = 1.0
+    """Success on the validation starts at which it stops."""
+    eval_every: int = 4
+    """Iterations between evaluations; their steps are not counted."""
+    eval_episodes: int = 60
+    """Episodes of an evaluation, from starts that are neither training nor test starts."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Success in the simulator from fixed held-out starts."""
 
@@ -275,6 +295,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 

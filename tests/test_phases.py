@@ -165,6 +165,19 @@ def test_another_run_lends_its_play_and_world_model(straight, tmp_path):
     assert run.result("finetune")["finetune_env_steps"] == 0
 
 
+def test_training_goes_on_from_another_runs_world_model(straight, tmp_path):
+    sizes = dataclasses.replace(CONFIG.world_model, init_from=str(straight.path), steps=2)
+    run = prepare(tmp_path / "longer", dataclasses.replace(CONFIG, world_model=sizes))
+    world_model.train_world_model(run.config, run)
+    key = "world_model/reconstruction"
+    after, before = ([row[key] for row in r.metrics("world_model")] for r in (run, straight))
+    assert after[0] < 0.5 * (before[0] + before[-1]), "learned weights, not new ones"
+    sizes = dataclasses.replace(sizes, hidden_dim=20)
+    run = prepare(tmp_path / "other", dataclasses.replace(CONFIG, world_model=sizes))
+    with pytest.raises(RunError, match="init_from .*another architecture"):
+        world_model.train_world_model(run.config, run)
+
+
 def test_too_little_or_damaged_play_is_refused(tmp_path):
     run = RunFolder(tmp_path / "run", CONFIG, quiet=True)
     with pytest.raises(StoreError, match="diwa collect"):
@@ -371,19 +384,3 @@ def test_a_slot_begins_anew():
         group.act(torch.full((2, 15), 0.01 * t), torch.full((2, 24), 0.01 * t))[0] for t in range(9)
     ]
     np.testing.assert_allclose(np.stack(got), slots([3])[:, 0], atol=1e-4)
-
-
-def test_start_queue_hands_out_its_starts_in_order():
-    gymnasium = pytest.importorskip("gymnasium")
-    from diwa.envs.queue import StartQueue
-
-    class Recorder(gymnasium.Env):
-        def reset(self, *, seed=None, options=None):
-            return options, {}
-
-    starts = {"robot_obs": np.arange(4)[:, None], "scene_obs": 10 * np.arange(4)[:, None]}
-    env = StartQueue(Recorder(), starts, [2, 0])
-    seen = [env.reset(options={"extra": 1}) for _ in range(3)]
-    assert [info["start_index"] for _, info in seen] == [2, 0, 0]
-    assert [obs["scene_obs"].item() for obs, _ in seen] == [20, 0, 0]
-    assert seen[0][0]["extra"] == 1

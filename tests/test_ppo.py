@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diwa.config import PRESETS, FinetuneConfig, PolicyConfig, WorldModelConfig
+from diwa.envs.dream import Dream
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.world_model import WorldModel
 from diwa.phases.finetune import Finetuner
@@ -115,8 +116,12 @@ def bandit(seed: int = 0, **changes) -> Finetuner:
     )
     model = BanditModel()
     base = DiffusionPolicy(model.feature_dim, PolicyConfig(width=32)).requires_grad_(False)
-    starts = {"robot_obs": torch.zeros(3, 15), "scene_obs": torch.zeros(3, 24)}
-    return Finetuner(config, model, base, PushSuccess(0.5), starts)
+    c = config.finetune
+    starts = torch.zeros(3, 15), torch.zeros(3, 24)
+    dream = Dream(
+        model, PushSuccess(0.5), *starts, c.n_dreams, c.max_episode_steps, c.per_step_reward
+    )
+    return Finetuner(config, model, base, dream)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diwa.data.sampler import StreamSampler, previous_actions, split_episodes
+from diwa.data.sampler import StreamSampler, previous_actions, split_episodes, store_rows
 from diwa.data.store import NEUTRAL_ACTION
 
 
@@ -138,3 +138,46 @@ def test_split_is_a_partition_with_about_the_share(count):
 def test_split_without_holdout_and_of_one_episode():
     assert split_episodes([None] * 4, 0.0) == ([0, 1, 2, 3], [])
     assert split_episodes([None], 0.05) == ([0], [])
+
+
+def test_streamed_columns_belong_to_the_same_frames(tmp_path):
+    """Pictures are read from disk for exactly the frames whose other columns are in memory."""
+    from diwa.data.store import Episode, write_store
+
+    def numbered(first: int, frames: int) -> Episode:
+        n = np.arange(first, first + frames, dtype=np.float32)
+        pictures = np.broadcast_to(n[:, None, None, None], (frames, 2, 2, 3)).astype(np.uint8)
+        return Episode(
+            np.repeat(n[:, None], 15, 1),
+            np.zeros((frames, 24), np.float32),
+            np.zeros((frames - 1, 7), np.float32),
+            frames={"rgb_static": pictures},
+        )
+
+    store = write_store(tmp_path / "s", [numbered(0, 9), numbered(50, 14), numbered(100, 20)])
+    chosen = [0, 2]  # the middle one is held out
+    robot = [torch.from_numpy(np.array(store[i].robot_obs[:, :1])) for i in chosen]
+    arguments = dict(batch_size=3, seq_len=4, seed=1)
+    rows = store_rows(store.starts, store.lengths, chosen)
+    sampler = StreamSampler(
+        {"robot": robot},
+        [store[i].action for i in chosen],
+        streamed={"rgb_static": store.columns["rgb_static"]},
+        rows=rows,
+        **arguments,
+    )
+    seen = set()
+    for step in range(30):
+        batch = sampler.batch(step)
+        assert batch["rgb_static"].shape == (4, 3, 2, 2, 3)
+        np.testing.assert_array_equal(batch["rgb_static"][..., 0, 0, 0], batch["robot"][..., 0])
+        seen |= set(batch["robot"].flatten().int().tolist())
+    assert seen == {*range(9), *range(100, 120)}
+    with pytest.raises(ValueError, match="rows of all 29 frames"):
+        StreamSampler(
+            {"robot": robot},
+            [store[i].action for i in chosen],
+            streamed={"rgb_static": store.columns["rgb_static"]},
+            rows=rows[:-1],
+            **arguments,
+        )

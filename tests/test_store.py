@@ -199,3 +199,127 @@ def test_damaged_starts_are_named(tmp_path, damage):
     damage(path)
     with pytest.raises(StoreError, match="starts.npz"):
         load_starts(path)
+
+
+# Optional columns: pictures
+
+
+def filmed(length: int, seed: int = 0, size: int = 6) -> Episode:
+    rng = np.random.default_rng(seed)
+    plain = episode(length, seed)
+    plain.frames = {
+        name: rng.integers(0, 256, (length + 1, size, size, 3), np.uint8)
+        for name in ("rgb_static", "rgb_gripper")
+    }
+    return plain
+
+
+@pytest.fixture
+def film(tmp_path) -> EpisodeStore:
+    return write_store(tmp_path / "film", [filmed(5, 0), filmed(0, 1), filmed(9, 2)])
+
+
+def test_pictures_round_trip_without_being_loaded(film):
+    assert film.cameras == ["rgb_static", "rgb_gripper"]
+    for got, want in zip(film, [filmed(5, 0), filmed(0, 1), filmed(9, 2)], strict=True):
+        got.validate()
+        for name in film.cameras:
+            np.testing.assert_array_equal(got.frames[name], want.frames[name])
+            assert not got.frames[name].flags.owndata and not got.frames[name].flags.writeable
+
+
+def test_rows_are_read_in_any_order(film):
+    column = film.columns["rgb_static"]
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 12, 7)
+    streams = (np.arange(9)[:, None] + start) % 17  # [T, B] with wraps
+    for rows in (
+        streams,
+        rng.integers(0, 17, (3, 4, 2)),
+        np.arange(17),
+        np.array([16]),
+        streams[:0],
+    ):
+        got = column.read(rows)
+        assert got.shape == (*rows.shape, 6, 6, 3) and got.flags.owndata
+        np.testing.assert_array_equal(got, column.array[rows])
+    column.release()
+    np.testing.assert_array_equal(column.read(streams), column.array[streams])
+    for bad in (-1, 17):
+        with pytest.raises(IndexError, match=rf"rgb_static.npy: rows {bad} to {bad} of 17"):
+            column.read(np.array([bad]))
+
+
+def test_pages_that_were_read_are_handed_back(tmp_path):
+    """Resident memory of the mapping stays bounded however much of it is read."""
+    from diwa.data import columns
+
+    file = tmp_path / "c.npy"
+    np.save(file, np.ones((4000, 64, 64, 3), np.uint8))  # 48 MB
+
+    def resident() -> int:
+        with open("/proc/self/smaps") as maps:
+            text = maps.read().split(str(file))
+        return sum(int(part.split("Rss:")[1].split()[0]) for part in text[1:])
+
+    column = columns.Column(file)
+    limit, columns.RELEASE_BYTES = columns.RELEASE_BYTES, 1 << 20
+    try:
+        for first in range(0, 4000, 50):
+            column.read(np.arange(first, first + 50))
+            assert resident() < 12 << 10  # kB; one fault may map 4 MB
+    finally:
+        columns.RELEASE_BYTES = limit
+    column.array.max()
+    assert resident() > 40 << 10  # the measurement sees what stays mapped
+    column.release()
+    assert resident() < 12 << 10
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: (p / "rgb_static.npy").unlink(), r"rgb_static.npy is missing"),
+        (
+            lambda p: cut(p / "rgb_static.npy"),
+            r"rgb_static.npy is missing or truncated \(\d+ bytes",
+        ),
+        (
+            lambda p: np.save(p / "rgb_static.npy", np.zeros((17, 5, 6, 3), np.uint8)),
+            r"rgb_static.npy is uint8 \(17, 5, 6, 3\), index.json says uint8 \(17, 6, 6, 3\)",
+        ),
+        (
+            lambda p: np.save(p / "rgb_static.npy", np.array([{}] * 17), allow_pickle=True),
+            r"rgb_static.npy is missing or truncated \(object",
+        ),
+        (
+            lambda p: (p / "index.json").write_text(
+                (p / "index.json").read_text().replace("rgb_static", "../rgb_static")
+            ),
+            r"'../rgb_static' cannot be the name",
+        ),
+    ],
+)
+def test_damaged_pictures_are_named(film, damage, message):
+    damage(film.path)
+    with pytest.raises(StoreError, match=message):
+        EpisodeStore(film.path)
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path):
+    for change, message in (
+        (lambda f: f.astype(np.float32), "rgb_static is float32"),
+        (lambda f: f[:-1], r"rgb_static is uint8 \(5, 6, 6, 3\), expected uint8 \(6, height"),
+        (lambda f: f[..., :2], r"expected uint8 \(6, height, width, 3\)"),
+    ):
+        bad = filmed(5)
+        bad.frames = {"rgb_static": change(bad.frames["rgb_static"])}
+        with pytest.raises(StoreError, match=message):
+            write_store(tmp_path / "bad", [bad])
+    with pytest.raises(StoreError, match="episode 1 for .* has pictures {}, episode 0 has"):
+        write_store(tmp_path / "bad", [filmed(5), episode(5)])
+    odd = filmed(5)
+    odd.frames = {"action": odd.frames["rgb_static"]}
+    with pytest.raises(StoreError, match="'action' cannot be the name of a store column"):
+        write_store(tmp_path / "bad", [odd])
+    assert not list(tmp_path.iterdir())

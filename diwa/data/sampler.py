@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diwa.data.columns import Column
 from diwa.data.store import NEUTRAL_ACTION, Episode
 
 
@@ -32,6 +33,8 @@ class StreamSampler:
         seed: of the offsets and of the extra resets.
         reset_prob: probability of an extra reset flag on a frame.
         device: of the whole data set, which is kept there.
+        streamed: columns of the store that do not fit in memory, such as frames; read per batch.
+        rows: row of the store of every frame of the episodes, `[frames]`, for `streamed`.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class StreamSampler:
         seed: int,
         reset_prob: float = 0.01,
         device: str | torch.device = "cpu",
+        streamed: Mapping[str, Column] | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self.columns = {k: torch.cat(list(v)).to(device) for k, v in columns.items()}
         led = [torch.from_numpy(previous_actions(a)) for a in actions]
@@ -55,6 +60,10 @@ class StreamSampler:
         self.frames = len(self.first)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.reset_prob, self.device = reset_prob, device
+        self.streamed = dict(streamed or {})
+        self.rows = np.zeros(0, np.int64) if rows is None else rows
+        if self.streamed and len(self.rows) != self.frames:
+            raise ValueError(f"streamed columns need the rows of all {self.frames} frames")
         self.steps_per_epoch = max(1, self.frames // (batch_size * seq_len))
 
     def new_epoch(self, step: int) -> bool:
@@ -71,6 +80,8 @@ class StreamSampler:
         extra = np.random.default_rng((self.seed, epoch, within)).random(index.shape)
         idx = torch.from_numpy(index).to(self.device)
         out = {k: v[idx] for k, v in self.columns.items()}
+        for name, column in self.streamed.items():
+            out[name] = torch.from_numpy(column.read(self.rows[index])).to(self.device)
         out["action"] = self.action[idx]
         random_reset = torch.from_numpy((extra < self.reset_prob).astype(np.float32))
         reset = torch.maximum(self.first[idx], random_reset.to(self.device))
@@ -78,6 +89,12 @@ class StreamSampler:
             reset[0] = 1.0
         out["reset"] = reset
         return out
+
+
+def store_rows(starts: np.ndarray, lengths: np.ndarray, episodes: Sequence[int]) -> np.ndarray:
+    """Rows of a store that hold the frames of some episodes, `[frames]` int64."""
+    ranges = [np.arange(starts[i], starts[i] + lengths[i] + 1) for i in episodes]
+    return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
 
 def split_episodes(episodes: Sequence[Episode], holdout: float) -> tuple[list[int], list[int]]:

@@ -7,22 +7,28 @@ Layout of a store folder::
     scene_obs.npy         [n, 24] float32
     action.npy            [n, 7]  float32, action taken after that frame (neutral at the last one)
     success.npy           [n]     bool
+    NAME.npy              [n, ..] optional columns that index.json lists: pictures such as
+                                  rgb_static and rgb_gripper [n, h, w, 3] uint8
 
-Frames of all episodes stand one after another; an episode of T actions has T + 1 frames.
+Frames of all episodes stand one after another; an episode of T actions has T + 1 frames. Optional
+columns are read on demand (`Column`), so a store may be larger than memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diwa.data.columns import Column
 from diwa.errors import StoreError
 
 NEUTRAL_ACTION = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
@@ -41,6 +47,7 @@ class Episode:
         action: `[T, 7]` float32 in [-1, 1]; `action[t]` is taken after frame t.
         success: `[T + 1]` bool, the task's oracle at each frame; None where there is no task.
         task: name of the skill, empty for play.
+        frames: camera -> `[T + 1, h, w, 3]` uint8 RGB; empty where there are no pictures.
     """
 
     robot_obs: NDArray[np.float32]
@@ -48,6 +55,7 @@ class Episode:
     action: NDArray[np.float32]
     success: NDArray[np.bool_] | None = None
     task: str = ""
+    frames: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.action)
@@ -64,6 +72,21 @@ class Episode:
                 raise StoreError(f"{name}: {key} has shape {np.shape(value)}, expected {expected}")
             if not np.isfinite(value).all():
                 raise StoreError(f"{name}: {key} holds NaN or infinity")
+        for camera, pictures in self.frames.items():
+            check_column_name(camera)
+            shape = np.shape(pictures)
+            if pictures.dtype != np.uint8 or len(shape) != 4 or (shape[0], shape[3]) != (frames, 3):
+                raise StoreError(
+                    f"{name}: {camera} is {pictures.dtype} {shape}, expected uint8 "
+                    f"({frames}, height, width, 3)"
+                )
+
+
+def check_column_name(name: str) -> str:
+    """Returns `name` of an optional column; StoreError if it cannot be one."""
+    if name in _COLUMNS or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise StoreError(f"{name!r} cannot be the name of a store column")
+    return name
 
 
 class EpisodeStore:
@@ -85,7 +108,11 @@ class EpisodeStore:
             index = json.loads(index_file.read_text())
             self.lengths = np.asarray(index["lengths"], dtype=np.int64)
             self.tasks: list[str] = index["tasks"]
-        except (ValueError, KeyError, TypeError) as error:
+            self.source: dict[str, Any] = index.get("source", {})
+            optional = [check_column_name(name) for name in index.get("columns", {})]
+            shapes = {name: tuple(index["columns"][name]["shape"]) for name in optional}
+            dtypes = {name: np.dtype(index["columns"][name]["dtype"]) for name in optional}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{index_file} is damaged ({error}); collect the data again") from None
         if (
             self.lengths.ndim != 1
@@ -99,6 +126,31 @@ class EpisodeStore:
         self.scene_obs = self._open("scene_obs")
         self.action = self._open("action")
         self.success = self._open("success")
+        self.columns = {name: self._column(name, shapes[name], dtypes[name]) for name in optional}
+
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the columns that hold pictures `[n, h, w, 3]` uint8."""
+        return [
+            name
+            for name, column in self.columns.items()
+            if column.dtype == np.uint8 and len(column.shape) == 4 and column.shape[3] == 3
+        ]
+
+    def _column(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Column:
+        file = self.path / f"{name}.npy"
+        try:
+            column = Column(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(
+                f"{file} is missing or truncated ({error}); make the store again"
+            ) from None
+        if (column.shape, column.dtype) != ((self.frames, *shape), dtype):
+            raise StoreError(
+                f"{file} is {column.dtype} {column.shape}, index.json says "
+                f"{dtype} {(self.frames, *shape)}; make the store again"
+            )
+        return column
 
     def _open(self, name: str) -> NDArray:
         file = self.path / f"{name}.npy"
@@ -134,6 +186,7 @@ class EpisodeStore:
             action=np.asarray(self.action[first : first + length]),
             success=np.asarray(self.success[frames]),
             task=self.tasks[i],
+            frames={camera: self.columns[camera].array[frames] for camera in self.cameras},
         )
 
     def __iter__(self) -> Iterator[Episode]:
@@ -162,7 +215,16 @@ def write_store(path: str | Path, episodes: Sequence[Episode]) -> EpisodeStore:
         np.save(partial / "action.npy", np.concatenate(actions).astype(np.float32))
         success = [np.zeros(len(e) + 1, bool) if e.success is None else e.success for e in episodes]
         np.save(partial / "success.npy", np.concatenate(success).astype(bool))
-        index = {"lengths": [len(e) for e in episodes], "tasks": [e.task for e in episodes]}
+        index: dict[str, Any] = {
+            "lengths": [len(e) for e in episodes],
+            "tasks": [e.task for e in episodes],
+        }
+        if cameras := _common_cameras(episodes, path):
+            index["columns"] = {}
+            for camera, shape in cameras.items():
+                pictures = np.concatenate([e.frames[camera] for e in episodes])
+                np.save(partial / f"{camera}.npy", pictures)
+                index["columns"][camera] = {"dtype": "uint8", "shape": list(shape)}
         (partial / "index.json").write_text(json.dumps(index))
         if path.exists():
             shutil.rmtree(path)
@@ -171,3 +233,14 @@ def write_store(path: str | Path, episodes: Sequence[Episode]) -> EpisodeStore:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return EpisodeStore(path)
+
+
+def _common_cameras(episodes: Sequence[Episode], path: Path) -> dict[str, tuple[int, ...]]:
+    """Cameras of all episodes -> shape of a picture; StoreError where episodes disagree."""
+    shapes = [{name: np.shape(f)[1:] for name, f in e.frames.items()} for e in episodes]
+    for i, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise StoreError(
+                f"episode {i} for {path} has pictures {other}, episode 0 has {shapes[0]}"
+            )
+    return shapes[0]

@@ -1,17 +1,20 @@
-"""Drop-in modules."""
+"""Drop-in modules: plain nn.Modules with ordinary state_dicts on the fused operators."""
 
 from .diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
 from .frozen import FrozenPolicy
 from .frozen_rssm import FrozenRSSM
 from .gru import GRUCell
-from .rssm import RSSM
+from .heads import RewardClassifier
+from .rssm import RSSM, RSSMState
 
 __all__ = [
-    "RSSM",
     "DenoisingMLP",
     "DiffusionPolicy",
     "FrozenPolicy",
     "FrozenRSSM",
     "GRUCell",
     "NoiseSchedule",
+    "RSSM",
+    "RSSMState",
+    "RewardClassifier",
 ]

@@ -132,6 +132,19 @@ class DenoisingMLP(nn.Module):
     The first layer is kept in three parts (chunk, time, condition), so that the condition part
     runs once per state.
 
+    Equivalent to:
+
+    >>> import torch, diwa.nn
+    >>> import torch.nn.functional as F
+    >>> net = diwa.nn.DenoisingMLP(chunk_dim=6, cond_dim=10, width=16, denoising_steps=5)
+    >>> x, t, cond = torch.randn(4, 6), torch.tensor([0, 1, 3, 4]), torch.randn(4, 10)
+    >>> first = torch.cat([net.chunk_in.weight, net.time_in.weight, net.cond_in.weight], 1)
+    >>> rows = torch.cat([x, net.time(net.sinusoid[t]), cond], 1)
+    >>> y = F.linear(rows, first, net.cond_in.bias)
+    >>> y = net.out(y + net.hidden2(F.mish(net.hidden1(F.mish(y)))))
+    >>> torch.allclose(net(x, net.time_table()[t], net.cond_in(cond)), y, atol=1e-5)
+    True
+
     Args:
         chunk_dim: L * A numbers of an action chunk.
         cond_dim: F.

@@ -13,6 +13,23 @@ from diwa.ops import mish
 class RewardClassifier(nn.Module):
     """Success classifier g then c on features (method section 4.1).
 
+    Equivalent to:
+
+    >>> import torch, diwa.nn
+    >>> from torch.nn import Linear, ReLU, Sequential
+    >>> fused = diwa.nn.RewardClassifier(feature_dim=12, width=16, embed_dim=8)
+    >>> plain = Sequential(
+    ...     Linear(12, 16), ReLU(), Linear(16, 8), Linear(8, 16), ReLU(), Linear(16, 2)
+    ... )
+    >>> plain.load_state_dict(dict(zip(plain.state_dict(), fused.state_dict().values())))
+    <All keys matched successfully>
+    >>> feature = torch.randn(4, 12)
+    >>> torch.allclose(fused(feature), plain(feature), atol=1e-6)
+    True
+    >>> probability = plain(feature).softmax(-1)[:, 1]
+    >>> torch.allclose(fused.success_probability(feature), probability, atol=1e-6)
+    True
+
     Args:
         feature_dim: F.
         width: hidden width (1024 in the paper).

@@ -51,6 +51,22 @@ class Posterior(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model: plain GRUCell, one-hot states, LayerNorm + ELU heads.
 
+    Equivalent to (one prior step):
+
+    >>> import torch, diwa.nn
+    >>> import torch.nn.functional as F
+    >>> m = diwa.nn.RSSM(3, 18, deter_dim=24, stoch_groups=4, stoch_classes=5, hidden_dim=16)
+    >>> state, action, uniform = m.initial(2), torch.randn(2, 3), torch.rand(2, 4)
+    >>> x = F.elu(m.cell_norm(m.cell_z(state.z) + m.cell_a(action)))
+    >>> h = torch.gru_cell(x, state.h, *m.gru.parameters())
+    >>> probs = m.prior_out(F.elu(m.prior_norm(m.prior_h(h)))).view(2, 4, 5).softmax(-1)
+    >>> index = (probs.cumsum(-1) <= uniform[..., None]).sum(-1).clamp(max=4)
+    >>> after = m.imagine(state, action, uniform)
+    >>> torch.allclose(after.h, h, atol=1e-6)
+    True
+    >>> torch.allclose(after.z, F.one_hot(index, 5).flatten(1).float(), atol=1e-6)
+    True
+
     Args:
         action_dim: A.
         embed_dim: E.

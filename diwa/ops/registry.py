@@ -78,11 +78,17 @@ def native(backend: str, op: str, dtypes: tuple[torch.dtype, ...] = (torch.float
     """A C++ (`"cpu"`) or CUDA (`"cuda"`) implementation of the torch operator `diwa::<op>`."""
     library = f"libdiwa_{backend}.so"
     missing = LOAD_ERRORS.get(library, "")
-    name, has_kernel = f"diwa::{op}", torch._C._dispatch_has_kernel_for_dispatch_key
-    known = hasattr(torch.ops.diwa, op)  # the schema of an older library may lack it
-    if not missing and not (known and has_kernel(name, backend.upper())):
+    key = backend.upper()
+    if not missing and not _has_kernel(op, key):
         missing = f"{library} has no {op}; build diwa again"
     return Variant(backend, (backend,), dtypes, f"{library}: {missing}" if missing else "")
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"diwa::{op}", key)
+    except RuntimeError:  # a library of an earlier version does not know the operator
+        return False
 
 
 def triton(module: str, dtypes: tuple[torch.dtype, ...], automatic: bool = True) -> Variant:

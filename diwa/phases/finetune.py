@@ -18,7 +18,8 @@ from diwa.agent import (
     world_model_folder,
 )
 from diwa.config import Config
-from diwa.envs.dream import Dream, SuccessFunction
+from diwa.envs.dream import Dream
+from diwa.envs.online import OnlineEnv
 from diwa.errors import RunError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.encoders import to_tensor
@@ -59,8 +60,7 @@ class Finetuner:
         config: of the run.
         world_model: frozen.
         base: frozen pre-trained policy.
-        success: judges latents.
-        starts: `robot_obs [P, 15]`, `scene_obs [P, 24]` that dreams begin from.
+        dream: the N parallel episodes it learns from.
     """
 
     def __init__(
@@ -68,8 +68,7 @@ class Finetuner:
         config: Config,
         world_model: WorldModel,
         base: DiffusionPolicy,
-        success: SuccessFunction,
-        starts: dict[str, Tensor],
+        dream: Dream | OnlineEnv,
     ) -> None:
         self.config = c = config.finetune
         self.device = torch.device(config.device)
@@ -89,15 +88,7 @@ class Finetuner:
             self.critic.parameters(), lr=c.critic_lr, weight_decay=0.0
         )
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.dream = Dream(
-            world_model,
-            success,
-            starts["robot_obs"],
-            starts["scene_obs"],
-            c.n_dreams,
-            c.max_episode_steps,
-            c.per_step_reward,
-        )
+        self.dream = dream
         kf = c.ft_denoising_steps
         self.discount = denoising_discount(kf, c.gamma_denoising, self.device)
         self.clip = clip_schedule(kf, c.clip_coef, c.clip_coef_base, c.clip_coef_rate, self.device)
@@ -221,6 +212,8 @@ class Finetuner:
     @torch.no_grad()
     def imagined_success(self, episodes: int) -> float:
         """Success in dreams of the policy as it is evaluated (without exploration noise)."""
+        if not isinstance(self.dream, Dream):
+            raise TypeError("imagined_success needs a Dream, not the simulator")
         agent = Agent(self.world_model, self.actor, self.base, self.config.ft_denoising_steps)
         return imagined_success(agent, self.dream, episodes, self.generator)
 
@@ -265,7 +258,17 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
     arrays = load_starts(run.dir("collect") / "starts.npz")
     starts = {k: to_tensor(v, config.device) for k, v in arrays.items()}
     success = success_function(config, run, model)
-    return Finetuner(config, model, base, success, starts)
+    c = config.finetune
+    dream = Dream(
+        model,
+        success,
+        starts["robot_obs"],
+        starts["scene_obs"],
+        c.n_dreams,
+        c.max_episode_steps,
+        c.per_step_reward,
+    )
+    return Finetuner(config, model, base, dream)
 
 
 def finetune(config: Config, run: RunFolder) -> dict:

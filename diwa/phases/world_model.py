@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +38,23 @@ def learning_rate(step: int, config: WorldModelConfig) -> float:
     return config.lr * warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def _start_from(model: WorldModel, run_path: Path) -> None:
+    """Weights and standardisation of another run's world model.
+
+    Raises:
+        RunError: it has another architecture.
+        CheckpointError: there is none.
+    """
+    other = load_world_model(run_path / "world_model")
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    if {k: v.shape for k, v in other.state_dict().items()} != shapes:
+        raise RunError(
+            f"world_model.init_from {run_path}: its world model has another architecture; "
+            "choose the sizes it was trained with (its world_model/config.json)"
+        )
+    model.load_state_dict(other.state_dict())
+
+
 class Trainer:
     """World model, optimizer and data of one training, with a step that can be a CUDA graph."""
 
@@ -49,7 +67,10 @@ class Trainer:
             self.model = WorldModel(config)
         robot = [to_tensor(e.robot_obs) for e in episodes]
         scene = [to_tensor(e.scene_obs) for e in episodes]
-        self.model.codec.fit(torch.cat(robot), torch.cat(scene))
+        if config.init_from:
+            _start_from(self.model, Path(config.init_from))
+        else:
+            self.model.codec.fit(torch.cat(robot), torch.cat(scene))
         states = [self.model.codec(r, s) for r, s in zip(robot, scene, strict=True)]
         self.model.to(device)
         self.sampler = StreamSampler(

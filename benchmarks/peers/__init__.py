@@ -1,0 +1,1 @@
+"""What diwa is compared with: plain torch on the same weights, written from the equations."""

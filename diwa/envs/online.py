@@ -1,0 +1,121 @@
+"""The simulator behind the interface of a dream: what online fine-tuning acts in."""
+
+from __future__ import annotations
+
+import multiprocessing
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diwa.nn.rssm import RSSMState
+from diwa.nn.world_model import WorldModel
+
+NEUTRAL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def _make_env(task: str, starts: dict[str, NDArray], order: list[int], max_steps: int) -> Any:
+    from diwa.envs.playtable import PlayTable
+    from diwa.envs.queue import StartQueue
+
+    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, order)
+
+
+class OnlineEnv:
+    """N simulator episodes seen through the world model's filter; the counterpart of `Dream`.
+
+    Args:
+        world_model: frozen, used as a filter only.
+        task: skill whose success ends an episode.
+        starts: `robot_obs [P, 15]`, `scene_obs [P, 24]`; episodes begin from them in random order.
+        n: episodes side by side N, one process each.
+        max_episode_steps: steps after which an episode is truncated.
+        seed: of the order of the starts.
+
+    Attributes:
+        state: filter states of the N episodes.
+        steps: simulator steps taken so far, all episodes together.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        task: str,
+        starts: dict[str, NDArray],
+        n: int,
+        max_episode_steps: int,
+        seed: int,
+    ) -> None:
+        from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+
+        self.world_model, self.n, self.max_episode_steps = world_model, n, max_episode_steps
+        rng = np.random.default_rng(seed)
+        orders = [rng.integers(len(starts["robot_obs"]), size=10_000).tolist() for _ in range(n)]
+        # The fork server imports torch and the simulator once, not once per environment.
+        multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
+        self.envs = AsyncVectorEnv(
+            [partial(_make_env, task, starts, order, max_episode_steps) for order in orders],
+            autoreset_mode=AutoresetMode.DISABLED,
+            context="forkserver",
+        )
+        self.device = world_model.codec.mean.device
+        self.state = world_model.rssm.initial(n)
+        self.steps = 0
+
+    def close(self) -> None:
+        """End the simulator processes."""
+        self.envs.close()
+
+    def _observe(
+        self, obs: dict[str, NDArray], action: Tensor, reset: Tensor, live: Tensor, uniform: Tensor
+    ) -> None:
+        """Filter one frame where `live [N]`; the other states stay."""
+        robot, scene = (
+            torch.from_numpy(np.asarray(obs[k], np.float32)).to(self.device)
+            for k in ("robot_obs", "scene_obs")
+        )
+        seen = self.world_model.observation(robot, scene)
+        new = self.world_model.filter(self.state, seen, action, reset, uniform)
+        keep = live[:, None]
+        self.state = RSSMState(
+            torch.where(keep, new.h, self.state.h), torch.where(keep, new.z, self.state.z)
+        )
+
+    @torch.no_grad()
+    def reset(self, mask: Tensor, draw: Tensor, uniform: Tensor) -> None:
+        """Start new episodes where `mask [N]` is set; `uniform [N, S]` samples the posterior.
+
+        `draw` belongs to the interface of `Dream` and is not used: starts come from a queue.
+        """
+        if not mask.any():
+            return
+        obs, _ = self.envs.reset(options={"reset_mask": mask.cpu().numpy()})
+        neutral = uniform.new_tensor(NEUTRAL).expand(self.n, 7)
+        self._observe(obs, neutral, torch.ones(self.n, device=self.device), mask, uniform)
+
+    @torch.no_grad()
+    def step(self, action: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Execute one chunk; an episode that ends inside it idles until its reset.
+
+        Args:
+            action: `[N, L, A]` as the simulator takes them.
+            uniform: `[L, N, S]` of the filter.
+
+        Returns:
+            feature `[N, F]` after the chunk, terminated (success) and truncated, both bool `[N]`.
+        """
+        solved = torch.zeros(self.n, dtype=torch.bool, device=self.device)
+        ended = torch.zeros_like(solved)
+        none = torch.zeros(self.n, device=self.device)
+        for i in range(action.shape[1]):
+            live = ~ended
+            obs, reward, terminated, truncated, _ = self.envs.step(action[:, i].cpu().numpy())
+            self.steps += int(live.sum())
+            self._observe(obs, action[:, i], none, live, uniform[i])
+            won = torch.from_numpy(np.asarray(reward) > 0).to(self.device)
+            solved |= won & live
+            ended |= torch.from_numpy(np.asarray(terminated | truncated)).to(self.device)
+        return self.state.feature, solved, ended & ~solved
