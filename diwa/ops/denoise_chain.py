@@ -229,6 +229,6 @@ def denoise_chain(
         0 if frozen is packed else len(steps.p) - ft_steps,
         ft_steps,
         clip_noise,
-        nets[0].residual,
+        net.residual,
     )
     return Chain(*out)
