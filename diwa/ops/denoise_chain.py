@@ -147,11 +147,11 @@ def _check(
             )
 
 
-def _cluster_problem(nets: list[Network], base: PackedNetwork, device: torch.device) -> str:
+def _cluster_problem(tuned: Network, base: PackedNetwork, device: torch.device) -> str:
     """Why the CUDA variant cannot run; empty if it can."""
     if base.dtype != torch.bfloat16:
         return "multiplies in bfloat16; freeze the base as bfloat16 to allow it"
-    return next((why for net in nets if (why := cluster.problem(net, device))), "")
+    return cluster.problem(tuned, device) or cluster.problem(base.network, device)
 
 
 @torch.no_grad()
@@ -197,21 +197,22 @@ def denoise_chain(
     cond = feature if feature is not None else h
     assert cond is not None
     base = tuned if base is None else base
-    nets = [n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base)]
-    _check(*nets, cond, z_idx, noise, ft_steps)
+    net, base_net = (n.network if isinstance(n, PackedNetwork) else n for n in (tuned, base))
+    _check(net, base_net, cond, z_idx, noise, ft_steps)
     packed = PackedNetwork(tuned) if isinstance(tuned, Network) else tuned
     frozen = PackedNetwork(base) if isinstance(base, Network) else base
     if base is tuned:
         frozen = packed
-    unfit = {"cuda": _cluster_problem(nets, frozen, noise.device)}
+    unfit = {"cuda": _cluster_problem(net, frozen, noise.device)}
     chosen = registry.choose("denoise_chain", noise, backend, unfit)
     if chosen != "cpu" and z_idx is not None:
-        cond = reference.one_hot_feature(cond, z_idx, nets[0].cond_in.shape[1] - cond.shape[1])
+        cond = reference.one_hot_feature(cond, z_idx, net.cond_in.shape[1] - cond.shape[1])
     if chosen == "reference":
-        return reference.denoise_chain(*nets, cond, noise, steps, ft_steps, clip_noise)
+        return reference.denoise_chain(net, base_net, cond, noise, steps, ft_steps, clip_noise)
     if chosen == "cuda":
         return cluster.denoise_chain_cluster(
-            *nets,
+            net,
+            base_net,
             cond,
             noise,
             steps,
@@ -232,6 +233,6 @@ def denoise_chain(
         0 if frozen is packed else len(steps.p) - ft_steps,
         ft_steps,
         clip_noise,
-        nets[0].residual,
+        net.residual,
     )
     return Chain(*out)
