@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-RELEASE_BYTES = 64 << 20
+RELEASE_BYTES = 16 << 20
 """After this many bytes the pages that were read are handed back to the page cache."""
 
 
@@ -67,10 +67,9 @@ class Column:
             IndexError: a row number outside [0, n).
         """
         rows = np.asarray(rows)
-        if rows.size and not (rows.min() >= 0 and rows.max() < len(self.array)):
-            raise IndexError(
-                f"rows {rows.min()} to {rows.max()} of {len(self.array)} in {self.file}"
-            )
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self.array)):
+            span = f"{rows.min()} to {rows.max()} of {len(self.array)}"
+            raise IndexError(f"{self.file}: rows {span}")
         out = np.empty((*rows.shape, *self.array.shape[1:]), self.array.dtype)
         if not rows.size:
             return out
