@@ -361,6 +361,9 @@ _MEDIUM = Config(
         state_weight=100.0,
         detail_weight=1.0,
     ),
+    finetune=FinetuneConfig(
+        iterations=50, clip_coef=0.08, clip_coef_base=0.008, update_epochs=3, eval_every=25
+    ),
 )
 
 _PAPER = Config(
