@@ -245,7 +245,7 @@ def test_valid_arguments_are_right(op):
 
 
 @each_argument
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=st.lists(st.integers(0, 12), max_size=4))
 def test_any_shape(op, name, shape):
     tensors = OPS[op].tensors()

@@ -67,8 +67,10 @@ def pack(net: Network, first: int = 0) -> list[Tensor]:
     """A network as the kernel takes it, with its time table from denoising step `first` on."""
     (w1, b1), (w2, b2) = net.hidden
     half, full = torch.bfloat16, torch.float32
-    parts = ((net.chunk_in, half), (net.time[first:], full), (w1, half), (b1, full), (w2, half))
-    parts += ((b2, full), (net.out, half), (net.out_bias, full))
+    parts = [
+        *((net.chunk_in, half), (net.time[first:], full), (w1, half), (b1, full)),
+        *((w2, half), (b2, full), (net.out, half), (net.out_bias, full)),
+    ]
     return [t.detach().to(dtype).contiguous() for t, dtype in parts]
 
 

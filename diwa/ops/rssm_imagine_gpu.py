@@ -9,6 +9,8 @@ The state h stays float32; with bfloat16 the operands and results of the GEMMs a
 reads the device, so a whole horizon can be captured in one CUDA graph.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,14 +52,15 @@ def imagine(
     table, w_a, w_ih, b_ih, w_hh, b_hh, head_h, out, out_bias = packed
     cell = (w.cell_bias, w.cell_gain, w.cell_shift)
     head = (w.head_bias, w.head_gain, w.head_shift)
-    how = {"eps": eps, "out_dtype": w_ih.dtype, "backend": backend}
-    low, hs, indices = h.to(w_ih.dtype), [], []
+    dtype = w_ih.dtype
+    ln_elu = partial(onehot_ln_elu, eps=eps, out_dtype=dtype, backend=backend)
+    low, hs, indices = h.to(dtype), [], []
     for action, uniform in zip(actions, uniforms, strict=True):
-        x = onehot_ln_elu(*cell, idx=z_idx, table=table, action=action, w_a=w_a, **how)
+        x = ln_elu(*cell, idx=z_idx, table=table, action=action, w_a=w_a)
         gi, gh = F.linear(x, w_ih, b_ih), F.linear(low, w_hh, b_hh)
         h = torch.ops.diwa.gru_gates_fwd_triton.default(gi, gh, h)
-        low = h.to(w_ih.dtype)
-        y = onehot_ln_elu(*head, x=F.linear(low, head_h), **how)
+        low = h.to(dtype)
+        y = ln_elu(*head, x=F.linear(low, head_h))
         logits = F.linear(y, out, out_bias).unflatten(-1, (uniform.shape[-1], -1))
         z_idx = sample_categorical(
             logits, uniform, temperature=temperature, unimix=unimix, backend=backend
