@@ -12,31 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TaskName = Literal[
-    "open_drawer",
-    "close_drawer",
-    "move_slider_left",
-    "move_slider_right",
-    "turn_on_lightbulb",
-    "turn_off_lightbulb",
-    "turn_on_led",
-    "turn_off_led",
-]
-
-
-SKILL_DEMOS = types.MappingProxyType(
-    {
-        "open_drawer": 1,
-        "close_drawer": 1,
-        "move_slider_left": 5,
-        "move_slider_right": 2,
-        "turn_on_lightbulb": 2,
-        "turn_off_lightbulb": 2,
-        "turn_on_led": 1,
-        "turn_off_led": 5,
-    }
-)
-"""Demonstrations of each skill where `collect.demos` is 0."""
+from diwa.skills import TaskName
 
 
 @dataclass(frozen=True)
@@ -47,7 +23,7 @@ class CollectConfig:
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
     demos: int = 0
     """Successful expert episodes that the policy is pre-trained on; 0 takes the skill's own number
-    (`SKILL_DEMOS`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
+    (`diwa.skills.SKILL_DEMOS`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
     focus: bool = True
     """Play with the fixture of the skill only, which makes its world model cheaper; off, play
     covers all fixtures and the world model serves every skill (`--from-run`)."""

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .config import TaskName
 from .errors import DiwaError, StoreError
+from .skills import TaskName
 
 FolderArgument = Annotated[Path, tyro.conf.Positional]
 

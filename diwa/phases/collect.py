@@ -7,11 +7,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from diwa.config import SKILL_DEMOS, Config
+from diwa.config import Config
 from diwa.data.store import EpisodeStore, write_store
 from diwa.envs.tasks import TASKS, fixture_tasks
 from diwa.errors import StoreError
 from diwa.run import RunFolder
+from diwa.skills import SKILL_DEMOS
 
 # Seeds of the three kinds of starts never meet; test starts are the same for every run.
 TRAIN_STARTS, VALIDATION_STARTS, TEST_STARTS = 1_000_000, 2_000_000, 3_000_000
