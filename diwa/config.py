@@ -23,7 +23,7 @@ class CollectConfig:
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
     demos: int = 0
     """Successful expert episodes that the policy is pre-trained on; 0 takes the skill's own number
-    (`diwa.skills.SKILL_DEMOS`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
+    (`diwa.skills`), chosen so that imitation alone succeeds in 30 to 75 % of episodes."""
     focus: bool = True
     """Play with the fixture of the skill only, which makes its world model cheaper; off, play
     covers all fixtures and the world model serves every skill (`--from-run`)."""
