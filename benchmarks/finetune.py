@@ -23,7 +23,7 @@ from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.world_model import WorldModel
 from diwa.ops import use_backend
-from diwa.phases.finetune import Finetuner, Rollout
+from diwa.phases.finetune import Finetuner, Rollout, make_dream
 from diwa.rl.gae import RewardScaler, gae
 from diwa.rl.ppo import chunk_log_prob
 
@@ -59,7 +59,8 @@ class Iteration:
             "scene_obs": torch.randn(STARTS, 24, generator=g),
         }
         success = ClassifierSuccess(self.head, config.reward.threshold)
-        self.tuner = Finetuner(self.config, self.world_model, self.base, success, starts)
+        dream = make_dream(self.config, self.world_model, success, starts)
+        self.tuner = Finetuner(self.config, self.world_model, self.base, dream)
         if getattr(small, "frozen_dtype", "float32") == "bfloat16":
             self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
         self.published = Published(self)

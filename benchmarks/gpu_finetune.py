@@ -30,7 +30,7 @@ from diwa.envs.dream import ClassifierSuccess
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.world_model import WorldModel
-from diwa.phases.finetune import Finetuner, Rollout
+from diwa.phases.finetune import Finetuner, Rollout, make_dream
 
 PAPER_ITERATIONS, STARTS = 768, 200
 
@@ -45,7 +45,7 @@ def build(config: Config) -> Finetuner:
     starts = {"robot_obs": torch.randn(STARTS, 15), "scene_obs": torch.randn(STARTS, 24)}
     starts = {name: t.to(device) for name, t in starts.items()}
     success = ClassifierSuccess(head.to(device), config.reward.threshold)
-    return Finetuner(config, model, base, success, starts)
+    return Finetuner(config, model, base, make_dream(config, model, success, starts))
 
 
 def settings(device: str, tiny: bool) -> Config:

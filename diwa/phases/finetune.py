@@ -18,7 +18,7 @@ from diwa.agent import (
     world_model_folder,
 )
 from diwa.config import Config
-from diwa.envs.dream import Dream
+from diwa.envs.dream import Dream, SuccessFunction
 from diwa.envs.online import OnlineEnv
 from diwa.errors import RunError
 from diwa.nn.diffusion import DiffusionPolicy
@@ -247,6 +247,22 @@ def _env_steps() -> int:
     return simulator.env_steps_taken() if simulator else 0
 
 
+def make_dream(
+    config: Config, model: WorldModel, success: SuccessFunction, starts: dict[str, Tensor]
+) -> Dream:
+    """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]`."""
+    c = config.finetune
+    return Dream(
+        model,
+        success,
+        starts["robot_obs"],
+        starts["scene_obs"],
+        c.n_dreams,
+        c.max_episode_steps,
+        c.per_step_reward,
+    )
+
+
 def _build(config: Config, run: RunFolder) -> Finetuner:
     model = load_world_model(world_model_folder(config, run.path), config.device)
     base, _ = load_policy(run.dir("pretrain"), config.device)
@@ -258,17 +274,7 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
     arrays = load_starts(run.dir("collect") / "starts.npz")
     starts = {k: to_tensor(v, config.device) for k, v in arrays.items()}
     success = success_function(config, run, model)
-    c = config.finetune
-    dream = Dream(
-        model,
-        success,
-        starts["robot_obs"],
-        starts["scene_obs"],
-        c.n_dreams,
-        c.max_episode_steps,
-        c.per_step_reward,
-    )
-    return Finetuner(config, model, base, dream)
+    return Finetuner(config, model, base, make_dream(config, model, success, starts))
 
 
 def finetune(config: Config, run: RunFolder) -> dict:
