@@ -328,3 +328,14 @@ def test_frozen_copies_and_leaves_the_state_dict_alone():
     assert not frozen.imagine(*given)[0].requires_grad
     double = copy.deepcopy(model).double().freeze()
     assert double.imagine(*wide(given))[0].dtype == torch.float64
+
+
+def test_frozen_follows_its_model_under_compile():
+    model = diwa.nn.RSSM(7, 5, 8, 3, 5, 10)
+    _, given = arguments()
+    frozen = model.freeze()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: frozen.imagine(*a)[0].sin(), backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*given), frozen.imagine(*given)[0].sin())
+        change_in_place(model)

@@ -46,7 +46,6 @@ class FrozenRSSM:
         """Whether a parameter has, or may have, changed since the weights were packed."""
         return self._seen is None or self._seen != versions(self._parameters())
 
-    @torch.compiler.disable
     def packed(self) -> PackedRSSM:
         """The packed weights, up to date."""
         if self.stale():
