@@ -9,6 +9,14 @@ are skipped::
     python benchmarks/skills_state.py --folder runs/skills --stage learn --device cuda --jobs 4
     python benchmarks/skills_state.py --folder runs/skills --stage evaluate
     python benchmarks/skills_state.py --folder runs/skills --stage summarise
+
+The committed result continued the world model of one run (`--preset medium --device cuda`, 205 s on
+an H100) with finer reconstruction, on a CPU, after copying that run's `collect/`::
+
+    diwa world-model --preset medium --run-dir runs/skills/base --world-model.init-from runs/first \\
+        --world-model.steps 3000 --world-model.batch-size 32 --world-model.lr 3e-4 \\
+        --world-model.lr-final-fraction 0.02 --world-model.state-weight 200 \\
+        --world-model.detail-weight 4
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from diwa.checkpoint import write_json
-from diwa.config import PRESETS, Config, from_dict
+from diwa.config import PRESETS, Config, from_dict, to_dict
 from diwa.envs.tasks import TASKS
 from diwa.phases.evaluate import summary
 from diwa.run import RunFolder
@@ -47,10 +55,9 @@ def base_run(args: argparse.Namespace) -> RunFolder:
     saved = path / "config.json"
     if not saved.exists():
         return RunFolder(path, base_config(args))
-    text = json.loads(saved.read_text())
-    text.update(device=args.device)
-    write_json(saved, text)
-    return RunFolder(path, from_dict(Config, text))
+    config = from_dict(Config, {**json.loads(saved.read_text()), "device": args.device})
+    write_json(saved, to_dict(config))  # with settings that are newer than the run
+    return RunFolder(path, config, quiet=True)
 
 
 def training_of(base: Path) -> list[dict[str, Any]]:
