@@ -13,10 +13,10 @@ are skipped::
 The committed result continued the world model of one run (`--preset medium --device cuda`, 205 s on
 an H100) with finer reconstruction, on a CPU, after copying that run's `collect/`::
 
-    diwa world-model --preset medium --run-dir runs/skills/base --world-model.init-from runs/first \\
-        --world-model.steps 3000 --world-model.batch-size 32 --world-model.lr 3e-4 \\
-        --world-model.lr-final-fraction 0.02 --world-model.state-weight 200 \\
-        --world-model.detail-weight 4
+    diwa world-model --preset medium --run-dir runs/skills/base \\
+        --world-model.init-from runs/first --world-model.steps 3000 \\
+        --world-model.batch-size 32 --world-model.lr 3e-4 --world-model.lr-final-fraction 0.02 \\
+        --world-model.state-weight 200 --world-model.detail-weight 4
 """
 
 from __future__ import annotations
