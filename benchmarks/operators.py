@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,19 @@ def check_native(op: str) -> None:
     raise Skip(f"diwa.ops.{name} has no compiled variant")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """float64 and references run on the plain implementation; no need to say so every time."""
+    log = logging.getLogger("diwa")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@_quiet()
 def run(
     chosen: list[Entry], settings: Settings, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -132,8 +146,6 @@ def run(
     left out or failed its gate, by name and with the reason.
     """
     torch.set_num_threads(settings.threads)
-    # float64 and references run on the plain implementation; no need to say so every time.
-    logging.getLogger("diwa").setLevel(logging.ERROR)
     clock = Clock(settings.threads)
     roofs = {"fp32": Roof(clock)}
     if native_bf16():
