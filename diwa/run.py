@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from . import checkpoint
-from .config import Config, to_dict
+from .config import Config, from_dict, to_dict
 from .errors import RunError
 from .info import versions
 from .progress import Progress, clock
@@ -301,9 +301,18 @@ def _tensorboard(folder: Path, start: int) -> Any:
 
 
 def saved_config(path: Path) -> dict[str, Any] | None:
-    """`config.json` of a run folder as a dict, None where there is none."""
+    """`config.json` of a run folder as a dict, None where there is none.
+
+    Settings that are newer than the run get their defaults, which is what it ran with.
+    """
     file = Path(path) / "config.json"
-    return checkpoint.read_json(file) if file.exists() else None
+    if not file.exists():
+        return None
+    values = checkpoint.read_json(file)
+    try:
+        return to_dict(from_dict(Config, values))
+    except (ValueError, TypeError, AttributeError):  # damaged, or of another version: compare as is
+        return values
 
 
 def discard(path: Path, phases: Iterable[str]) -> None:

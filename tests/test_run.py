@@ -202,3 +202,15 @@ def test_tensorboard_curves(tmp_path):
     pytest.importorskip("tensorboard")
     work(open_run(tmp_path))
     assert list((tmp_path / "tensorboard/pretrain").glob("events.*"))
+
+
+def test_a_setting_that_is_newer_than_the_run_is_no_difference(tmp_path):
+    open_run(tmp_path / "run").close()
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    del values["online"], values["world_model"]["init_from"]
+    file.write_text(json.dumps(values))
+    open_run(tmp_path / "run").close()
+    changed = dataclasses.replace(TINY.world_model, init_from="elsewhere")
+    with pytest.raises(RunError, match="world_model.init_from: None there, elsewhere now"):
+        open_run(tmp_path / "run", world_model=changed)
