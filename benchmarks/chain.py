@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class _Peers:
         self.original, self.needed = Original(*arguments), Needed(*arguments)
         self.hoisted, self.fast = Hoisted(*arguments), Hoisted(*arguments, fast=True)
         self.bf16 = Hoisted(*arguments, fast=True).bf16()
+        self.made: dict[tuple, tuple[dict, dict]] = {}
 
     @torch.no_grad()
     def exact(self) -> Chain:
@@ -66,7 +68,17 @@ class _Peers:
     def calls(
         self, method: str, compile_peers: bool, every: bool
     ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-        """Peers by name and the reasons of those left out; `every` compiles all forms."""
+        """Peers by name and the reasons of those left out; `every` compiles all forms.
+
+        Made once: the items of one case differ in diwa's dtype only.
+        """
+        key = (method, compile_peers, every)
+        if key not in self.made:
+            self.made[key] = self._make(*key)
+        calls, skipped = self.made[key]
+        return dict(calls), dict(skipped)
+
+    def _make(self, method: str, compile_peers: bool, every: bool) -> tuple[dict, dict]:
         forms = {"original": self.original, "needed only": self.needed, "hoisted": self.hoisted}
         calls = {name: self._call(form, method) for name, form in forms.items()}
         skipped = {}
@@ -91,12 +103,17 @@ class _Peers:
         return lambda: function(self.feature, self.flat)
 
 
+@functools.lru_cache(maxsize=1)
+def _peers(size: Size, batch: int, explore: bool) -> _Peers:
+    return _Peers(size, batch, explore, size.ft_steps)
+
+
 def _sampling(
     op: str, method: str, size: Size, batch: int, dtype: str, compile_peers: bool, **options: bool
 ) -> Case:
     """A case that samples chains and, with method "rollout", also wants the log-probabilities."""
     explore = options.get("explore", True)
-    p = _Peers(size, batch, explore, size.ft_steps)
+    p = _peers(size, batch, explore)
     base, tuned = frozen_pair(p.base, p.tuned, dtype)
 
     def ours() -> Chain:

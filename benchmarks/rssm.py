@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +30,10 @@ def rssm_imagine(size: Size, batch: int, dtype: str, compile_peers: bool) -> Cas
 
     diwa and the peers that take uniforms get the same; `original` draws its own, as it would.
     """
-    model = rssm(size).requires_grad_(False)
-    if not hasattr(model, "freeze"):
-        raise Skip("diwa.nn.RSSM.freeze is not there")
-    frozen = model.freeze(torch.float32 if dtype == "fp32" else torch.bfloat16)
-    h, index, feature = latents(size, batch)
-    z = feature[:, size.deter :]
-    g = generator(4)
-    actions = torch.randn(size.chunk, batch, size.actions, generator=g).clamp(-1, 1)
-    uniforms = torch.rand(size.chunk, batch, size.groups, generator=g)
-    original, lean, gathered = (cls(model) for cls in (Original, Lean, Gathered))
+    s = _steps(size, batch, compile_peers)
+    frozen = s.model.freeze(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    h, z, index, actions, uniforms = s.inputs
+    original, lean, gathered = s.forms
 
     def ours() -> Any:
         return frozen.imagine(h, index, actions, uniforms)
@@ -62,17 +57,42 @@ def rssm_imagine(size: Size, batch: int, dtype: str, compile_peers: bool) -> Cas
             raise GateError(f"rssm_imagine: a peer is wrong by {max(eager, peer):.1e}")
         return error, eager, max(2 * eager, BOUND[dtype])
 
+    flops = batch * size.chunk * size.step_flops()
+    name = size.case(f"B={batch}")
+    note = f"one call of {size.chunk} steps"
+    calls, skipped = dict(s.calls), dict(s.skipped)
+    return Case("rssm_imagine", name, dtype, ours, calls, errors, flops, note, skipped)
+
+
+class _Steps(NamedTuple):
+    model: RSSM
+    inputs: tuple[Tensor, ...]
+    forms: tuple[Original, Lean, Gathered]
+    calls: dict[str, Callable[[], Any]]
+    skipped: dict[str, str]
+
+
+@functools.lru_cache(maxsize=1)
+def _steps(size: Size, batch: int, compile_peers: bool) -> _Steps:
+    """Inputs and peers of a case, made once: its items differ in diwa's dtype only."""
+    model = rssm(size).requires_grad_(False)
+    if not hasattr(model, "freeze"):
+        raise Skip("diwa.nn.RSSM.freeze is not there")
+    h, index, feature = latents(size, batch)
+    z = feature[:, size.deter :]
+    g = generator(4)
+    actions = torch.randn(size.chunk, batch, size.actions, generator=g).clamp(-1, 1)
+    uniforms = torch.rand(size.chunk, batch, size.groups, generator=g)
+    original, lean, gathered = Original(model), Lean(model), Gathered(model)
     calls: dict[str, Callable[[], Any]] = {
         "original": lambda: original(h, z, actions, None),
         "lean": lambda: lean(h, z, actions, uniforms),
         "gathered": lambda: gathered(h, index, actions, uniforms),
     }
     skipped = libraries.add_imagination(calls, size, h, z, actions)
-    _add_fast(calls, skipped, (lean, gathered), (h, z, index, actions, uniforms), compile_peers)
-    flops = batch * size.chunk * size.step_flops()
-    name = size.case(f"B={batch}")
-    note = f"one call of {size.chunk} steps"
-    return Case("rssm_imagine", name, dtype, ours, calls, errors, flops, note, skipped)
+    inputs = (h, z, index, actions, uniforms)
+    _add_fast(calls, skipped, (lean, gathered), inputs, compile_peers)
+    return _Steps(model, inputs, (original, lean, gathered), calls, skipped)
 
 
 def _add_fast(
