@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diwa.nn.rssm import RSSM, RSSMState, balanced_kl
+from diwa.nn.rssm import RSSM, RSSMState
+from diwa.ops import balanced_kl
 
 from .chain import NO_BF16, largest, relative
 from .harness import Case, GateError, Skip, native_bf16

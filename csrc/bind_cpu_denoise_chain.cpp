@@ -1,16 +1,13 @@
 // Schema of denoise_chain and its CPU implementation.
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "diwa/binding.h"
+#include "diwa/binding_tiles.h"
 #include "diwa/denoise_chain.h"
 
 namespace diwa {
 namespace {
-
-constexpr int64_t kTileRows = 84;  // rows of a tile at most: whole register tiles of 6 and of 14
 
 void check(bool ok, const char* message) { STD_TORCH_CHECK(ok, "denoise_chain: ", message); }
 
@@ -36,11 +33,10 @@ void read_net(Net& net, const std::vector<Tensor>& t, const char* name, const De
   check(type == ScalarType::Float || type == ScalarType::BFloat16,
         "a network must be packed as float32 or bfloat16");
   const bool bf16 = type == ScalarType::BFloat16;
-  const auto round = [](int64_t n) { return (n + 31) / 32 * 32; };
-  const auto packed = [&](int64_t n, int64_t k) { return round(n) * (bf16 ? k + (k & 1) : k); };
+  const auto packed = [&](int64_t n, int64_t k) { return gemm::packed_values(n, k, bf16); };
   check_size(t[0], name, "chunk_in", type, packed(a.W, a.P));
   check_size(t[1], name, "cond_in", type, packed(a.W, a.D));
-  check_size(t[2], name, "table", type, a.S * a.C * round(a.W));
+  check_size(t[2], name, "table", type, a.S * a.C * gemm::round_up(a.W));
   check_size(t[3], name, "bias", ScalarType::Float, a.K * a.W);
   for (int64_t i = 0; i < a.layers; ++i) {
     check_size(t[4 + 2 * i], name, "hidden", type, packed(a.W, a.W));
@@ -68,23 +64,12 @@ void check_indices(const int64_t* index, int64_t size, int64_t classes) {
                     classes, "), got ", index[i]);
 }
 
+// 84 rows are whole register tiles of 6 and of 14.
 void run_tiles(const DenoiseChainArgs& a) {
-  const int64_t threads = torch::stable::get_num_threads(), least = (a.N + 11) / 12;
-  const int64_t tiles =
-      std::max((a.N + kTileRows - 1) / kTileRows, std::min<int64_t>(threads, least));
   const auto kernel = denoise_chain_kernel();
-  const auto body = [&](int64_t first, int64_t last) {
-    const std::align_val_t align{64};
-    const int64_t most = a.N / tiles + 1;
-    float* scratch = new (align) float[denoise_chain_scratch(a, most)];
-    for (int64_t i = first; i < last; ++i)
-      kernel(a, a.N * i / tiles, a.N * (i + 1) / tiles, scratch);
-    ::operator delete[](scratch, align);
-  };
-  if (tiles == 1)
-    body(0, 1);
-  else
-    torch::stable::parallel_for(0, tiles, 1, body);
+  for_tiles<84, 12>(
+      a.N, [&](int64_t rows) { return denoise_chain_scratch(a, rows); },
+      [&](int64_t r0, int64_t r1, float* scratch) { kernel(a, r0, r1, scratch); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> denoise_chain_cpu(
@@ -116,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> denoise_chain_cpu(
               z_idx->scalar_type() == ScalarType::Long,
           "z_idx must be int64 [N, S] on the CPU, with the N of noise");
     a.S = z_idx->size(1);
-    const int64_t rows = tuned[2].numel() / ((a.W + 31) / 32 * 32);
+    const int64_t rows = tuned[2].numel() / gemm::round_up(a.W);
     a.C = rows / a.S;
     check(a.C >= 1 && a.C * a.S == rows, "tuned.table must have S * C rows");
     a.z_idx = static_cast<const int64_t*>(index_c.const_data_ptr());
@@ -134,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> denoise_chain_cpu(
   a.chunk = f32_out(chunk), a.chain = f32_out(chain), a.log_prob = f32_out(log_prob);
   a.Kf = ft_steps, a.base_steps = base_steps;
   a.residual = residual, a.clip_noise = static_cast<float>(clip_noise);
-  if (a.N > 0) run_tiles(a);
+  run_tiles(a);
   return {chunk, chain, log_prob};
 }
 

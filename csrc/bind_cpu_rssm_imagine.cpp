@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> rssm_imagine_cpu(const Tensor& h, const Tenso
   args.h = f32_out(h_out), args.z = static_cast<int64_t*>(z_out.mutable_data_ptr());
   args.features = return_features ? f32_out(features) : nullptr;
   const auto kernel = bf16 ? rssm_imagine_bf16_kernel() : rssm_imagine_f32_kernel();
-  for_tiles(
+  for_tiles<64, 4>(
       L ? N : 0, [&](int64_t R) { return rssm_imagine_scratch(R, H, U, S, Z / S); },
       [&](int64_t r0, int64_t r1, float* scratch) { kernel(args, r0, r1, scratch); });
   return {h_out, z_out, features};

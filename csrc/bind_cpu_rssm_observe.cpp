@@ -81,7 +81,7 @@ Tensors rssm_observe_fwd_cpu(const Tensor& embed, const Tensor& action, const Te
                              f32_out(out[7]),
                              saved};
   const auto kernel = bf16 ? rssm_observe_fwd_bf16_kernel() : rssm_observe_fwd_f32_kernel();
-  for_tiles(
+  for_tiles<64, 4>(
       T ? B : 0, [&](int64_t R) { return rssm_observe_scratch(R, H, U, Z); },
       [&](int64_t r0, int64_t r1, float* scratch) { kernel(args, r0, r1, scratch); });
   return out;
@@ -162,7 +162,7 @@ Tensors rssm_observe_bwd_cpu(const Tensor& g_h, const Tensor& g_z, const Tensor&
                                 f32_out(out[5]),
                                 f32_out(out[6])};
   const auto kernel = bf16 ? rssm_observe_bwd_bf16_kernel() : rssm_observe_bwd_f32_kernel();
-  for_tiles(
+  for_tiles<64, 4>(
       B, [&](int64_t R) { return rssm_observe_scratch(R, H, U, Z); },
       [&](int64_t r0, int64_t r1, float* scratch) { kernel(args, r0, r1, scratch); });
   return out;

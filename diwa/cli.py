@@ -59,6 +59,14 @@ FUNCTIONS = {
 ONLINE = "diwa.phases.online:finetune_online"
 """The baseline that `diwa finetune --online` runs, which is no phase of a run."""
 
+TOOLS = {
+    "compare": "diwa.compare:main",
+    "bench": "diwa.bench:main",
+    "convert": "diwa.convert_cli:main",
+    "info": "diwa.info:main",
+}
+"""Command with flags of its own -> function of its arguments that returns the exit code."""
+
 SECTIONS = {"policy": "pretrain"}
 """Phase that the settings of a section first matter to, where the names differ."""
 
@@ -148,28 +156,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean `diwa {close[0]}`?" if close else f"there are {', '.join(COMMANDS)}."
         raise DiwaError(f"there is no command '{command}'; {hint}")
-    if command == "compare":
-        parser = argparse.ArgumentParser("diwa compare", description=COMMANDS["compare"])
-        parser.add_argument("run_dir", nargs="+", type=Path, help="folders of evaluated runs")
-        from .compare import show as show_comparison
-
-        show_comparison(parser.parse_args(rest).run_dir)
-        return 0
-    if command == "info":
-        argparse.ArgumentParser("diwa info", description=COMMANDS["info"]).parse_args(rest)
-        from .info import show
-
-        print(show())
-        return 0
-    if command == "bench":
-        from .bench import main as bench
-
-        return bench(rest)
-    if command == "convert":
-        from . import convert_cli
-
-        convert_cli.main(rest)
-        return 0
+    if command in TOOLS:
+        return _load(TOOLS[command])(rest)
     return _run(command, parse(command, rest))
 
 
@@ -302,8 +290,9 @@ def _run(command: str, options: Options) -> int:
 def _run_online(options: Options) -> int:
     from . import run as runs
 
-    if options.overwrite and options.run_dir:
-        runs.discard(options.run_dir, ["online"])
+    path = _run_path(options)
+    if options.overwrite and runs.saved_config(path) is not None:
+        runs.discard(path, ["online"])
     run = open_run(dataclasses.replace(options, overwrite=False), "finetune")
     try:
         result = phase_function("online")(run.config, run)
@@ -316,9 +305,19 @@ def _run_online(options: Options) -> int:
 
 def phase_function(name: str) -> Callable[[Config, RunFolder], dict[str, Any]]:
     """The function of a phase, imported now."""
-    target = ONLINE if name == "online" else FUNCTIONS[name]
+    return _load(ONLINE if name == "online" else FUNCTIONS[name])
+
+
+def _load(target: str) -> Callable[..., Any]:
+    """The function `module:name`, imported now."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _run_path(options: Options) -> Path:
+    """The run folder of a command."""
+    config = options.settings
+    return options.run_dir or Path("runs") / f"{config.preset}-{config.task}-s{config.seed}"
 
 
 def open_run(options: Options, first_phase: str) -> RunFolder:
@@ -331,9 +330,7 @@ def open_run(options: Options, first_phase: str) -> RunFolder:
 
     from . import run as runs
 
-    config = options.settings
-    default = Path("runs") / f"{config.preset}-{config.task}-s{config.seed}"
-    path = options.run_dir or default
+    config, path = options.settings, _run_path(options)
     saved = runs.saved_config(path)
     if saved is None and path.is_dir() and any(path.iterdir()):
         raise RunError(f"{path} is neither empty nor a run folder; give another --run-dir")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diwa.checkpoint import read_json
 from diwa.errors import RunError
 
 
@@ -18,7 +19,7 @@ def _result(folder: Path, phase: str) -> dict[str, Any]:
         raise RunError(
             f"{path} does not exist; run `diwa {command}{flag} --run-dir {folder}` first"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def steps_to_match(online: dict[str, Any], success: float) -> int | None:
@@ -37,7 +38,7 @@ def comparison(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").exists():
         raise RunError(f"{folder} is no run folder: it has no config.json")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     evaluated, online = _result(folder, "evaluate"), _result(folder, "online")
     if "finetuned" not in evaluated:
         raise RunError(f"{folder} has no fine-tuned policy; run `diwa finetune` first")
@@ -54,12 +55,16 @@ def comparison(folder: Path) -> dict[str, Any]:
     }
 
 
-def show(folders: Sequence[Path]) -> None:
-    """Print the table of several runs."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `diwa compare FOLDER ...`: print the table of several runs."""
     from rich.console import Console
     from rich.table import Table
 
-    rows = [comparison(folder) for folder in folders]
+    parser = argparse.ArgumentParser(
+        "diwa compare", description="Base policy, DiWA and the online baseline, as a table."
+    )
+    parser.add_argument("run_dir", nargs="+", type=Path, help="folders of evaluated runs")
+    rows = [comparison(folder) for folder in parser.parse_args(arguments).run_dir]
     table = Table("skill", "base", "DiWA (0 steps)", "online DPPO", "steps DPPO needed to match")
     for row in rows:
         steps = row["online_dppo_env_steps"]
@@ -71,3 +76,4 @@ def show(folders: Sequence[Path]) -> None:
             needed,
         )
     Console().print(table)
+    return 0

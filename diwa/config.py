@@ -230,7 +230,7 @@ class OnlineConfig:
     target_success: float = 1.0
     """Success on the validation starts at which it stops."""
     eval_every: int = 4
-    """Iterations between evaluations; their steps are not counted."""
+    """Iterations between evaluations, whose steps are not counted (0: only at the end)."""
     eval_episodes: int = 60
     """Episodes of an evaluation, from starts that are neither training nor test starts."""
 

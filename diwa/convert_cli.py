@@ -203,8 +203,8 @@ class _Bar:
             self._bar.close()
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run `diwa convert ARGUMENTS`.
+def main(arguments: Sequence[str]) -> int:
+    """Run `diwa convert ARGUMENTS` and return 0.
 
     Raises:
         DiwaError: no such conversion, or it failed.
@@ -212,13 +212,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `diwa convert {close[0]}`?" if close else "see `diwa convert --help`."
         raise DiwaError(f"there is no conversion '{name}'; {hint}")
     tyro.cli(COMMANDS[name], prog=f"diwa convert {name}", args=rest)()
+    return 0
 
 
 def _overview() -> str:

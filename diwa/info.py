@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,15 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `diwa info`."""
+    argparse.ArgumentParser(
+        "diwa info", description="Versions, devices and operators, to be pasted in bug reports."
+    ).parse_args(arguments)
+    print(show())
+    return 0
 
 
 def show() -> str:

@@ -44,8 +44,9 @@ from diwa.convert import convert_checkpoint, export_checkpoint, load_vision_worl
 from diwa.errors import CheckpointError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import Critic, RewardClassifier
-from diwa.nn.rssm import RSSMState, balanced_kl
+from diwa.nn.rssm import RSSMState
 from diwa.nn.vision import VisionConfig, VisionWorldModel, picture_input
+from diwa.ops import balanced_kl
 from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_loss
 
 

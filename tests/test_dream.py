@@ -9,9 +9,9 @@ import torch
 from diwa.config import WorldModelConfig
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, Dream
 from diwa.nn.heads import RewardClassifier
-from diwa.nn.rssm import RSSMState, sample_onehot
+from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
-from diwa.ops import use_backend
+from diwa.ops import onehot_st, use_backend
 
 N, P, L, S, C = 5, 4, 4, 3, 4
 CONFIG = WorldModelConfig(
@@ -231,7 +231,7 @@ def test_posterior_of_a_start_is_sampled(model):
     dream = make(model)
     draw, uniform = torch.zeros(N), torch.rand(N, S)
     dream.reset(everyone(), draw, uniform)
-    expected = sample_onehot(dream.pool_logits[0].expand(N, S, C), uniform)
+    expected = onehot_st(dream.pool_logits[0].expand(N, S, C), uniform)
     assert torch.equal(dream.state.z, expected) and len(expected.unique(dim=0)) > 1
 
 

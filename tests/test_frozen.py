@@ -224,6 +224,22 @@ def test_ratio_of_a_rollout_is_one(frozen_dtype):
     torch.testing.assert_close((new - old).exp(), torch.ones_like(old), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_layer_at_the_address_of_the_one_it_replaces_is_noticed():
+    """The allocator gives freed memory out again, and a new parameter begins with version 0."""
+    policy = DiffusionPolicy(F, CONFIG).requires_grad_(False)
+    frozen, feature = policy.freeze(), torch.randn(2, F)
+    noise = policy.noise(2, torch.Generator().manual_seed(0))
+    for _ in range(20):
+        frozen.sample(feature, noise)
+        rows, columns = policy.net.time_in.weight.shape
+        policy.net.time_in = None  # its weights are freed, unless somebody holds them
+        policy.net.time_in = torch.nn.Linear(columns, rows, bias=False)
+        torch.nn.init.normal_(policy.net.time_in.weight, std=2.0)
+        right = policy.freeze().sample(feature, noise)
+        assert torch.equal(frozen.sample(feature, noise).chunk, right.chunk)
+
+
 def test_state_dict_of_the_default_network_is_unchanged():
     keys = ["chunk_in.weight", "time_in.weight", "cond_in.weight", "cond_in.bias"]
     keys += [f"{m}.{p}" for m in ("hidden1", "hidden2", "out") for p in ("weight", "bias")]

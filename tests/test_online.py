@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -83,9 +84,12 @@ def test_the_baseline_stops_at_its_limit_and_reports(model, tmp_path, capsys):
     save_starts(run.dir("collect") / "starts.npz", task_starts(TASK, 4, 5))
     result = finetune_online(config, run)
     assert 20 <= result["env_steps"] <= 36 and not result["reached"]
-    assert [e["env_steps"] for e in result["evaluations"]] == sorted(
-        e["env_steps"] for e in result["evaluations"]
-    )
+    counted = [e["env_steps"] for e in result["evaluations"]]
+    assert counted[-1] == result["env_steps"] and counted == sorted(set(counted))
+    at_once = dataclasses.replace(config.online, max_env_steps=0, eval_every=0)
+    run.dir("online").joinpath("result.json").unlink()
+    result = finetune_online(dataclasses.replace(config, online=at_once), run)
+    assert len(result["evaluations"]) == 1, "whatever the limit, there is a result"
     run.close()
 
     assert main(["compare", str(run.path)]) == 2
@@ -106,6 +110,28 @@ def test_steps_to_match():
     assert steps_to_match(curve, 0.5) == 20
     assert steps_to_match(curve, 0.4) == 10
     assert steps_to_match(curve, np.nextafter(0.7, 1)) is None
+
+
+def test_overwrite_makes_the_baseline_anew_in_the_default_folder_too(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diwa.phases.online.finetune_online", baseline(ran))
+    for arguments, times in (([], 1), ([], 1), (["--overwrite"], 2)):
+        assert main(["finetune", "--online", "--preset", "tiny", *arguments]) == 0
+        assert len(ran) == times
+
+
+def baseline(ran: list) -> Callable:
+    """A baseline that only notes that it ran."""
+
+    def run_it(config, run):
+        with run.phase("online", 1) as phase:
+            if phase.result is None:
+                ran.append(config.task)
+                phase.finish({"env_steps": 1, "evaluations": [{"success": 0.5}]})
+            return phase.result
+
+    return run_it
 
 
 def test_online_belongs_to_finetune(capsys):

@@ -17,7 +17,7 @@ import diwa.ops
 from diwa.config import PolicyConfig
 from diwa.ops import reference
 
-REASONS = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
+REASONS = (ValueError, TypeError, RuntimeError, IndexError)
 """What an operator may raise; BackendError is a RuntimeError. OverflowError and the like are not
 reasons, and a failed assertion is a defect."""
 B, H, IN = 11, 10, 7  # no other size is B

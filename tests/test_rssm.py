@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diwa.nn.rssm import RSSM, RSSMState, balanced_kl, sample_onehot
+from diwa.nn.rssm import RSSM, RSSMState
+from diwa.ops import balanced_kl, onehot_st
 
 A, E, H, S, C, WIDTH = 7, 5, 12, 3, 4, 10
 Z = S * C
@@ -122,14 +123,14 @@ def test_sampled_frequencies_are_the_probabilities():
     torch.manual_seed(4)
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5], [0.0, -30.0, 0.0, 1.0]])
     n = 40_000
-    z = sample_onehot(logits.expand(n, 2, 4), torch.rand(n, 2)).unflatten(-1, (2, 4))
+    z = onehot_st(logits.expand(n, 2, 4), torch.rand(n, 2)).unflatten(-1, (2, 4))
     assert torch.equal(z.sum(-1), torch.ones(n, 2)) and set(z.unique().tolist()) == {0.0, 1.0}
     probs = logits.softmax(-1)
     # five deviations of a binomial frequency
     bound = 5 * (probs * (1 - probs) / n).sqrt() + 1e-9
     assert ((z.mean(0) - probs).abs() <= bound).all()
     assert z[:, 1, 1].sum() == 0  # probability 1e-13
-    mixed = sample_onehot(logits.expand(n, 2, 4), torch.rand(n, 2), unimix=0.4)
+    mixed = onehot_st(logits.expand(n, 2, 4), torch.rand(n, 2), unimix=0.4)
     expected = 0.6 * probs + 0.1
     deviation = (mixed.unflatten(-1, (2, 4)).mean(0) - expected).abs()
     assert (deviation <= 5 * (expected * (1 - expected) / n).sqrt()).all()
@@ -138,17 +139,17 @@ def test_sampled_frequencies_are_the_probabilities():
 def test_inverse_cdf_at_its_edges():
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(5, 1, 3)
     uniform = torch.tensor([0.0, 0.69, 0.71, 0.91, 1 - 2**-24])[:, None]
-    assert sample_onehot(logits, uniform).argmax(-1).tolist() == [0, 0, 1, 2, 2]
+    assert onehot_st(logits, uniform).argmax(-1).tolist() == [0, 0, 1, 2, 2]
     impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
-    assert sample_onehot(impossible, torch.zeros(1)).tolist() == [0.0, 1.0, 0.0]
-    assert sample_onehot(impossible, torch.tensor([1 - 2**-24])).argmax() == 1
+    assert onehot_st(impossible, torch.zeros(1)).tolist() == [0.0, 1.0, 0.0]
+    assert onehot_st(impossible, torch.tensor([1 - 2**-24])).argmax() == 1
 
 
 def test_straight_through_gradient_is_the_softmax_gradient():
     torch.manual_seed(5)
     logits = torch.randn(6, S, C, requires_grad=True)
     weight = torch.randn(6, Z)
-    (sample_onehot(logits, torch.rand(6, S)) * weight).sum().backward()
+    (onehot_st(logits, torch.rand(6, S)) * weight).sum().backward()
     same = logits.detach().clone().requires_grad_(True)
     (same.softmax(-1).flatten(-2) * weight).sum().backward()
     torch.testing.assert_close(logits.grad, same.grad)

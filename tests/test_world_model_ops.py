@@ -6,8 +6,6 @@ Their values are tested where they are used: test_rssm.py and test_gae.py.
 import pytest
 import torch
 
-import diwa.nn.rssm
-import diwa.rl.gae
 from diwa.ops import balanced_kl, gae, onehot_st
 
 T, N, S, C = 4, 3, 2, 5
@@ -17,11 +15,6 @@ ADVANTAGE = ("reward", "value", "next_value", "terminated", "done")
 def columns(dtype=torch.float32):
     flags = [(torch.rand(T, N) < 0.3).to(dtype) for _ in range(2)]
     return [torch.randn(T, N, dtype=dtype) for _ in range(3)] + flags
-
-
-def test_old_names_are_the_operators():
-    assert diwa.nn.rssm.sample_onehot is onehot_st and diwa.nn.rssm.balanced_kl is balanced_kl
-    assert diwa.rl.gae.gae is gae
 
 
 def test_dtypes():

@@ -47,8 +47,7 @@ DIWA_INLINE vf load_row(const uint16_t* p) {
 // cond = sum of the table rows of the class indices; zero without a table.
 template <class Value>
 void gather(const DenoiseChainArgs& a, const Value* table, const Tile& t) {
-  const int64_t ld = gemm::stride(a.W),
-                width = (a.W + gemm::kRound - 1) / gemm::kRound * gemm::kRound;
+  const int64_t ld = gemm::stride(a.W), width = gemm::round_up(a.W);
   for (int64_t m = 0; m < t.rows; ++m) {
     const int64_t* index = table ? a.z_idx + (t.row0 + m) * a.S : nullptr;
     for (int64_t n = 0; n < width; n += 2 * DIWA_W) {

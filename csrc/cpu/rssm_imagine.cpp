@@ -61,19 +61,10 @@ struct Rows {
 
   DIWA_MEMBER void gates(int64_t l, int64_t r) const {
     const int64_t H = p.H;
-    const float *i = gi + r * lg, *j = gh + r * lg;
     const float* old = l ? p.h + at(l - 1, r) * H : p.h0 + (row0 + r) * H;
     float* out = p.h + at(l, r) * H;
-    for (int64_t c = 0; c < H; c += DIWA_W) {
-      const int64_t m = H - c;
-      const auto sum = [&](const float* v, const float* bias, int64_t gate) {
-        return load(v + gate * H + c, m) + load(bias + gate * H + c, m);
-      };
-      const vf s = vsigmoid(sum(i, p.b_ih, 0) + sum(j, p.b_hh, 0));
-      const vf z = vsigmoid(sum(i, p.b_ih, 1) + sum(j, p.b_hh, 1));
-      const vf n = vtanh(sum(i, p.b_ih, 2) + s * sum(j, p.b_hh, 2));
-      store(out + c, n + z * (load(old + c, m) - n), m);
-    }
+    gru(gi + r * lg, gh + r * lg, p.b_ih, p.b_hh, old, 1.f, H,
+        [&](int64_t c, int64_t m, const Gates& g) { store(out + c, g.h, m); });
     activate<BF>(out, H, 1.f, h + r * lh);
   }
 

@@ -63,23 +63,15 @@ struct Forward {
 
   DIWA_MEMBER void gates(int64_t t, int64_t r) const {
     const int64_t H = p.H;
-    const float keep = p.keep[at(t, r)], *old = before(t, r);
-    const float *i = gi + r * lg, *j = gh + r * lg;
     float *out = p.h + at(t, r) * H, *saved = p.gates + kept(t, r) * 4 * H;
-    for (int64_t c = 0; c < H; c += DIWA_W) {
-      const int64_t m = H - c;
-      const auto sum = [&](const float* x, const float* bias, int64_t gate) {
-        return load(x + gate * H + c, m) + load(bias + gate * H + c, m);
-      };
-      const vf s = vsigmoid(sum(i, p.b_ih, 0) + sum(j, p.b_hh, 0));
-      const vf z = vsigmoid(sum(i, p.b_ih, 1) + sum(j, p.b_hh, 1));
-      const vf hn = sum(j, p.b_hh, 2), n = vtanh(sum(i, p.b_ih, 2) + s * hn);
-      store(out + c, n + z * (load(old + c, m) * keep - n), m);
-      store(saved + c, s, m);
-      store(saved + H + c, z, m);
-      store(saved + 2 * H + c, n, m);
-      store(saved + 3 * H + c, hn, m);
-    }
+    gru(gi + r * lg, gh + r * lg, p.b_ih, p.b_hh, before(t, r), p.keep[at(t, r)], H,
+        [&](int64_t c, int64_t m, const Gates& g) {
+          store(out + c, g.h, m);
+          store(saved + c, g.s, m);
+          store(saved + H + c, g.z, m);
+          store(saved + 2 * H + c, g.n, m);
+          store(saved + 3 * H + c, g.hn, m);
+        });
     activate<BF>(out, H, 1.f, h + r * lh);
   }
 

@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diwa.data.store import NEUTRAL_ACTION
 from diwa.envs.tasks import RULES, check_task
 from diwa.nn.heads import RewardClassifier
-from diwa.nn.rssm import RSSMState, sample_onehot
+from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
-from diwa.ops import registry
+from diwa.ops import onehot_st, registry
 
 
 class SuccessFunction(Protocol):
@@ -87,7 +88,7 @@ class Dream:
         rssm = self.world_model.rssm
         embed = self.world_model.encoder(self.world_model.observation(robot_obs, scene_obs))
         count = len(scene_obs)
-        neutral = embed.new_tensor([0, 0, 0, 0, 0, 0, 1.0]).expand(1, count, 7)
+        neutral = embed.new_tensor(NEUTRAL_ACTION).expand(1, count, 7)
         post = rssm.observe(
             embed[None],
             neutral,
@@ -108,7 +109,7 @@ class Dream:
         """
         index = (draw * len(self.pool_h)).long()
         rssm = self.world_model.rssm
-        z = sample_onehot(self.pool_logits[index], uniform, unimix=rssm.unimix)
+        z = onehot_st(self.pool_logits[index], uniform, unimix=rssm.unimix)
         keep = mask[:, None]
         self.state = RSSMState(
             torch.where(keep, self.pool_h[index], self.state.h),

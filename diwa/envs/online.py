@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from functools import partial
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diwa.data.store import NEUTRAL_ACTION
+from diwa.nn.encoders import to_tensor
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
-
-NEUTRAL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-
-
-def _make_env(task: str, starts: dict[str, NDArray], order: list[int], max_steps: int) -> Any:
-    from diwa.envs.playtable import PlayTable
-    from diwa.envs.queue import StartQueue
-
-    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, order)
 
 
 class OnlineEnv:
@@ -49,18 +38,14 @@ class OnlineEnv:
         max_episode_steps: int,
         seed: int,
     ) -> None:
-        from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+        from gymnasium.vector import AutoresetMode
+
+        from diwa.envs.queue import queued_envs
 
         self.world_model, self.n, self.max_episode_steps = world_model, n, max_episode_steps
         rng = np.random.default_rng(seed)
         orders = [rng.integers(len(starts["robot_obs"]), size=10_000).tolist() for _ in range(n)]
-        # The fork server imports torch and the simulator once, not once per environment.
-        multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
-        self.envs = AsyncVectorEnv(
-            [partial(_make_env, task, starts, order, max_episode_steps) for order in orders],
-            autoreset_mode=AutoresetMode.DISABLED,
-            context="forkserver",
-        )
+        self.envs = queued_envs(task, starts, orders, max_episode_steps, AutoresetMode.DISABLED)
         self.device = world_model.codec.mean.device
         self.state = world_model.rssm.initial(n)
         self.steps = 0
@@ -73,10 +58,7 @@ class OnlineEnv:
         self, obs: dict[str, NDArray], action: Tensor, reset: Tensor, live: Tensor, uniform: Tensor
     ) -> None:
         """Filter one frame where `live [N]`; the other states stay."""
-        robot, scene = (
-            torch.from_numpy(np.asarray(obs[k], np.float32)).to(self.device)
-            for k in ("robot_obs", "scene_obs")
-        )
+        robot, scene = (to_tensor(obs[k], self.device) for k in ("robot_obs", "scene_obs"))
         seen = self.world_model.observation(robot, scene)
         new = self.world_model.filter(self.state, seen, action, reset, uniform)
         keep = live[:, None]
@@ -93,12 +75,13 @@ class OnlineEnv:
         if not mask.any():
             return
         obs, _ = self.envs.reset(options={"reset_mask": mask.cpu().numpy()})
-        neutral = uniform.new_tensor(NEUTRAL).expand(self.n, 7)
+        neutral = uniform.new_tensor(NEUTRAL_ACTION).expand(self.n, 7)
         self._observe(obs, neutral, torch.ones(self.n, device=self.device), mask, uniform)
 
     @torch.no_grad()
     def step(self, action: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Execute one chunk; an episode that ends inside it idles until its reset.
+        """Execute one chunk. An episode that ends inside it is over: what its simulator still does
+        until the chunk's end is neither seen nor counted.
 
         Args:
             action: `[N, L, A]` as the simulator takes them.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
 
@@ -30,3 +34,31 @@ class StartQueue(gymnasium.Wrapper):
         start = {key: self.starts[key][index] for key in ("robot_obs", "scene_obs")}
         obs, info = self.env.reset(seed=seed, options={**(options or {}), **start})
         return obs, {**info, "start_index": index}
+
+
+def _make(task: str, starts: dict[str, NDArray], order: list[int], max_steps: int) -> StartQueue:
+    from diwa.envs.playtable import PlayTable
+
+    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, order)
+
+
+def queued_envs(
+    task: str,
+    starts: dict[str, NDArray],
+    orders: Sequence[list[int]],
+    max_steps: int,
+    autoreset: AutoresetMode,
+) -> AsyncVectorEnv:
+    """One simulator process per order of `starts`, see `StartQueue`.
+
+    Args:
+        task: skill whose success ends an episode.
+        starts: `robot_obs [n, 15]`, `scene_obs [n, 24]`.
+        orders: indices of the starts of every process.
+        max_steps: steps after which an episode is truncated.
+        autoreset: when a process resets by itself.
+    """
+    # The fork server imports torch and the simulator once, not once per environment.
+    multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
+    makers = [partial(_make, task, starts, order, max_steps) for order in orders]
+    return AsyncVectorEnv(makers, autoreset_mode=autoreset, context="forkserver")

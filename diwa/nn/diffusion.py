@@ -197,13 +197,16 @@ class DenoisingMLP(nn.Module):
 
     def network(self, step: Tensor | None = None) -> Network:
         """The weights as the operators take them; `step` int64 picks rows of the time table."""
-        hidden = [self.get_submodule(name) for name in self.hidden_names]
         time = self.time_table()
+        return self._weights(time if step is None else time.index_select(0, step))
+
+    def _weights(self, time: Tensor) -> Network:
+        hidden = [self.get_submodule(name) for name in self.hidden_names]
         return Network(
             self.chunk_in.weight,
             self.cond_in.weight,
             self.cond_in.bias,
-            time if step is None else time.index_select(0, step),
+            time,
             tuple((layer.weight, layer.bias) for layer in hidden),  # type: ignore[misc]
             self.out.weight,
             self.out.bias,
@@ -218,7 +221,7 @@ class DenoisingMLP(nn.Module):
             time: `[..., W]` rows of `time_table`.
             cond: `[..., W]` condition projected by `cond_in`.
         """
-        return predict_noise(self.network(), x, time, cond, activation=mish)
+        return predict_noise(self._weights(time), x, time, cond, activation=mish)
 
 
 class DiffusionPolicy(nn.Module):

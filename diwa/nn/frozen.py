@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +16,30 @@ if TYPE_CHECKING:
     from diwa.nn.diffusion import DiffusionPolicy
 
 
-def versions(tensors: list[Tensor]) -> tuple[tuple[int, int], ...] | None:
-    """Storage and version of each tensor; None if one of them keeps no version (inference mode).
+class Source:
+    """The tensors that something was packed from, to be asked whether they are still the same.
 
-    Every in-place change through torch counts the version up, as an optimiser's and that of
-    `load_state_dict` do. Writing through `.data` or numpy does not.
+    Every in-place change through torch counts a tensor's version up, as an optimiser's and that of
+    `load_state_dict` do. Writing through `.data` or numpy does not. The tensors are held, so that
+    no other one gets their addresses.
+
+    Args:
+        tensors: the tensors now.
     """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._seen = _versions(self._tensors)
+
+    def changed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors now are, or may be, others (inference tensors keep no version)."""
+        return self._seen is None or self._seen != _versions(tensors)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
     if any(t.is_inference() for t in tensors):
         return None
-    return tuple((t.data_ptr(), t._version) for t in tensors)
+    return [(t.data_ptr(), t._version) for t in tensors]
 
 
 class FrozenPolicy:
@@ -57,17 +73,17 @@ class FrozenPolicy:
 
     def refresh(self) -> None:
         """Forget everything packed."""
-        self._seen: tuple[tuple[int, int], ...] | None = None
+        self._source: Source | None = None
         self._packed: dict[torch.dtype, PackedNetwork] = {}
         self._tables: dict[tuple[PolicyConfig, bool], tuple[ChainSteps, Tensor]] = {}
 
     def packed(self, dtype: torch.dtype) -> PackedNetwork:
         """The network packed as `dtype`, up to date."""
         policy = self.policy
-        seen = versions([*policy.net.parameters(), *policy.schedule.buffers()])
-        if seen is None or seen != self._seen:
+        tensors = [*policy.net.parameters(), *policy.schedule.buffers()]
+        if self._source is None or self._source.changed(tensors):
             self.refresh()
-            self._seen = seen
+            self._source = Source(tensors)
         if dtype not in self._packed:
             self._packed[dtype] = PackedNetwork(policy.network(), dtype)
         return self._packed[dtype]

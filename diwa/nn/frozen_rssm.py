@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diwa.nn.frozen import versions
+from diwa.nn.frozen import Source
 from diwa.ops.rssm_imagine import PackedRSSM, pack_rssm, rssm_imagine
 
 if TYPE_CHECKING:
@@ -38,13 +38,12 @@ class FrozenRSSM:
 
     def refresh(self) -> None:
         """Packs the model's weights again."""
-        self._source = self._parameters()  # held, so that no other tensor gets their addresses
-        self._seen = versions(self._source)
+        self._source = Source(self._parameters())
         self._packed = pack_rssm(self.rssm.prior_weights(), self.dtype)
 
     def stale(self) -> bool:
         """Whether a parameter has, or may have, changed since the weights were packed."""
-        return self._seen is None or self._seen != versions(self._parameters())
+        return self._source.changed(self._parameters())
 
     def packed(self) -> PackedRSSM:
         """The packed weights, up to date."""

@@ -9,12 +9,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from diwa.nn.frozen_rssm import FrozenRSSM
-from diwa.ops import balanced_kl, onehot_st, rssm_observe
+from diwa.ops import onehot_st, rssm_observe
 from diwa.ops.reference import RSSMWeights, rssm_head, rssm_recur
-
-__all__ = ["RSSM", "Posterior", "RSSMState", "balanced_kl", "sample_onehot"]
-
-sample_onehot = onehot_st
 
 
 class RSSMState(NamedTuple):
@@ -171,10 +167,11 @@ class RSSM(nn.Module):
 
         Differentiable; `freeze` gives the form for many steps without gradient.
         """
+        weights = self.prior_weights()
         x = self.cell_z(state.z) + self.cell_a(action)
-        h = rssm_recur(self.prior_weights(), state.h, x, self.cell_norm.eps)
-        z = onehot_st(self.prior_logits(h), uniform, unimix=self.unimix)
-        return RSSMState(h, z.to(h.dtype))
+        h = rssm_recur(weights, state.h, x, self.cell_norm.eps)
+        logits = rssm_head(weights, self.prior_h(h), self.stoch_groups, self.prior_norm.eps)
+        return RSSMState(h, onehot_st(logits, uniform, unimix=self.unimix).to(h.dtype))
 
     def observe(
         self,
@@ -208,3 +205,12 @@ class RSSM(nn.Module):
             dtype=dtype,
         )
         return Posterior(hs, zs, logits)
+
+    @torch.no_grad()
+    def filter(
+        self, state: RSSMState, embed: Tensor, action: Tensor, reset: Tensor, uniform: Tensor
+    ) -> RSSMState:
+        """One posterior step of N episodes: embed `[N, E]`, action `[N, A]`, reset `[N]` in {0, 1},
+        uniform `[N, S]`; no gradient."""
+        post = self.observe(embed[None], action[None], reset[None], state, uniform[None])
+        return RSSMState(post.h[0], post.z[0])

@@ -141,6 +141,4 @@ class VisionWorldModel(nn.Module):
         uniform: Tensor,
     ) -> RSSMState:
         """One posterior step for N environments; `reset [N]` in {0, 1}, `uniform [N, S]`."""
-        embed = self.encoder({k: v[None] for k, v in obs.items()})
-        post = self.rssm.observe(embed, action[None], reset[None], state, uniform[None])
-        return RSSMState(post.h[0], post.z[0])
+        return self.rssm.filter(state, self.encoder(obs), action, reset, uniform)

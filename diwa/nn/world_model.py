@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diwa.config import WorldModelConfig
 from diwa.nn.encoders import StateCodec, StateDecoder, StateEncoder
-from diwa.nn.rssm import RSSM, RSSMState, balanced_kl
+from diwa.nn.rssm import RSSM, RSSMState
+from diwa.ops import balanced_kl
 
 ACTION_DIM = 7
 
@@ -103,9 +104,7 @@ class WorldModel(nn.Module):
         uniform: Tensor,
     ) -> RSSMState:
         """One posterior step for N environments; `reset [N]` in {0, 1}, `uniform [N, S]`."""
-        embed = self.encoder({k: v[None] for k, v in obs.items()})
-        post = self.rssm.observe(embed, action[None], reset[None], state, uniform[None])
-        return RSSMState(post.h[0], post.z[0])
+        return self.rssm.filter(state, self.encoder(obs), action, reset, uniform)
 
     @torch.no_grad()
     def encode_episode(

@@ -2,7 +2,7 @@
 
 from .balanced_kl import balanced_kl
 from .chain_log_prob import chain_log_prob
-from .denoise_chain import PackedNetwork, denoise_chain, step_table
+from .denoise_chain import PackedNetwork, denoise_chain
 from .denoise_step import denoise_step
 from .gae import gae
 from .gru_cell import gru_cell
@@ -10,7 +10,7 @@ from .mish import mish
 from .onehot_ln_elu import onehot_ln_elu
 from .onehot_st import onehot_st
 from .packing import pack_weight
-from .reference_chain import Chain, ChainSteps, Network
+from .reference_chain import Chain, ChainSteps, Network, step_table
 from .reference_rssm import RSSMWeights
 from .registry import BackendError, support_table, use_backend
 from .rssm_imagine import PackedRSSM, pack_rssm, rssm_imagine

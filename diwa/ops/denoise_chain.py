@@ -24,7 +24,7 @@ from . import denoise_chain_cluster as cluster
 from . import reference_chain as reference
 from . import registry
 from .packing import ROUND, pack_weight
-from .reference_chain import Chain, ChainSteps, Network
+from .reference_chain import Chain, ChainSteps, Network, step_table
 from .weights import check_network
 
 registry.declare(
@@ -47,9 +47,7 @@ def _fake(
     clip_noise: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, p = noise.shape[1:]
-    chain = noise.new_empty(n, ft_steps + 1 if ft_steps else 0, p)
-    return noise.new_empty(n, p), chain, noise.new_empty(n, ft_steps, p)
+    return reference.empty_chain(noise, ft_steps)
 
 
 if hasattr(torch.ops.diwa, "denoise_chain"):  # the schema is in libdiwa_cpu.so
@@ -92,14 +90,6 @@ class PackedNetwork:
             flat += [pack_weight(net.out, dtype), net.out_bias.clone()]
             self._forms[dense] = flat
         return self._forms[dense]
-
-
-def step_table(steps: ChainSteps) -> Tensor:
-    """The tables as the native operator takes them: `[K, 7]`, p q c1 c2 std, std / s and
-    log s + log(2 pi) / 2 with s the deviation in log-probabilities."""
-    s = steps.log_prob_std
-    columns = (*steps[:5], steps.std / s, s.log() + reference.HALF_LOG_2PI)
-    return torch.stack(columns, -1).contiguous()
 
 
 def _check(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference_chain as reference
 from . import registry
-from .reference_chain import Chain, ChainSteps, Network
+from .reference_chain import Chain, ChainSteps, Network, step_table
 
 WIDTHS = (256, 512)
 Forms = dict[int, list[Tensor]]  # first step -> packed tensors
@@ -40,9 +40,7 @@ def _fake(
     ft_steps: int,
     clip_noise: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, p = noise.shape[1:]
-    chain = noise.new_empty(n, ft_steps + 1 if ft_steps else 0, p)
-    return noise.new_empty(n, p), chain, noise.new_empty(n, ft_steps, p)
+    return reference.empty_chain(noise, ft_steps)
 
 
 if hasattr(torch.ops.diwa, "denoise_chain_cluster"):  # the schema is in libdiwa_cuda.so
@@ -78,12 +76,6 @@ def _packed(net: Network, first: int, forms: Forms) -> list[Tensor]:
     if first not in forms:
         forms[first] = pack(net, first)
     return forms[first]
-
-
-def _step_table(steps: ChainSteps) -> Tensor:
-    from .denoise_chain import step_table
-
-    return step_table(steps)
 
 
 @torch.no_grad()
@@ -129,13 +121,13 @@ def denoise_chain_cluster(
     conds = [F.linear(feature, net.cond_in, net.cond_bias) for net in (base, tuned)]
     if ft_dtype == torch.bfloat16:
         nets = (_packed(base, 0, kept[1]), _packed(tuned, 0, kept[0]))
-        args = (_step_table(steps), total - ft_steps, ft_steps, clip_noise)
+        args = (step_table(steps), total - ft_steps, ft_steps, clip_noise)
         return Chain(*torch.ops.diwa.denoise_chain_cluster.default(noise, *conds, *nets, *args))
     first = total - ft_steps
     x = noise[0]
     if first:
         net = _packed(base, ft_steps, kept[1])
-        table = _step_table(ChainSteps(*(t[ft_steps:] for t in steps)))
+        table = step_table(ChainSteps(*(t[ft_steps:] for t in steps)))
         x, _, _ = torch.ops.diwa.denoise_chain_cluster.default(
             noise[: first + 1], conds[0], conds[0], net, net, table, first, 0, clip_noise
         )

@@ -69,6 +69,21 @@ class Chain(NamedTuple):
     log_prob: Tensor
 
 
+def step_table(steps: ChainSteps) -> Tensor:
+    """The tables as the native operator takes them: `[K, 7]`, p q c1 c2 std, std / s and
+    log s + log(2 pi) / 2 with s the deviation in log-probabilities."""
+    s = steps.log_prob_std
+    columns = (*steps[:5], steps.std / s, s.log() + HALF_LOG_2PI)
+    return torch.stack(columns, -1).contiguous()
+
+
+def empty_chain(noise: Tensor, ft_steps: int) -> Chain:
+    """Uninitialised results for noise `[K + 1, N, P]`, as the compiled variants return them."""
+    n, p = noise.shape[1:]
+    chain = noise.new_empty(n, ft_steps + 1 if ft_steps else 0, p)
+    return Chain(noise.new_empty(n, p), chain, noise.new_empty(n, ft_steps, p))
+
+
 def predict_noise(
     net: Network,
     x: Tensor,

@@ -1,14 +1,10 @@
 """The specification of the steps between GEMMs on a GPU: plain torch, any floating dtype."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .reference_rssm import class_index, mixed_probabilities, norm_elu
-
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def onehot_ln_elu(

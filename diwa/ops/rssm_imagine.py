@@ -5,7 +5,7 @@ The dreams are independent of each other, so a tile of them runs through all L s
 rows. Weights are packed once. Equations: reference_rssm.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,20 +173,13 @@ def rssm_imagine(
         unfit = "takes float32 arguments only"
     reasons = {"cpu": unfit, "triton": "" if p.gpu else "needs float32 weights on a GPU"}
     chosen = registry.choose("rssm_imagine", h, backend, reasons)
-    if chosen == "triton":
-        hs, indices = rssm_imagine_gpu.imagine(
-            *(w, p.gpu, h, z_idx, actions, uniforms),
-            temperature=temperature,
-            unimix=unimix,
-            eps=eps,
-        )
-        classes = len(w.out) // uniforms.shape[2]
-        features = reference_rssm.rssm_features(hs, indices, classes) if return_features else None
-        return hs, indices, features
-    if chosen == "reference":
-        hs, indices = reference_rssm.rssm_imagine(
-            w, h, z_idx, actions, uniforms, temperature=temperature, unimix=unimix, eps=eps
-        )
+    if chosen != "cpu":
+        state = (h, z_idx, actions, uniforms)
+        options: dict[str, Any] = {"temperature": temperature, "unimix": unimix, "eps": eps}
+        if chosen == "triton":
+            hs, indices = rssm_imagine_gpu.imagine(w, p.gpu, *state, **options)
+        else:
+            hs, indices = reference_rssm.rssm_imagine(w, *state, **options)
         classes = len(w.out) // uniforms.shape[2]
         wanted = reference_rssm.rssm_features(hs, indices, classes) if return_features else None
         return hs, indices, wanted
@@ -199,7 +192,10 @@ def rssm_imagine(
         p.table,
         p.cell_a,
         list(p.packed),
-        [w[1], *w[3:5], *w[7:9], *w[10:13], w[14]],
+        [
+            *(w.cell_bias, w.cell_gain, w.cell_shift, w.b_ih, w.b_hh),
+            *(w.head_bias, w.head_gain, w.head_shift, w.out_bias),
+        ],
         temperature,
         unimix,
         eps,

@@ -270,12 +270,8 @@ def rssm_observe(
         h,
         z,
         uniform,
-        w.cell_z,
-        w.cell_gain,
-        w.cell_shift,
-        *w[5:9],
-        w.head_h,
-        *w[11:15],
+        *(w.cell_z, w.cell_gain, w.cell_shift, w.w_ih, w.w_hh, w.b_ih, w.b_hh),
+        *(w.head_h, w.head_gain, w.head_shift, w.out, w.out_bias),
     )
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     hs, zs, logits = _Observe.apply(*inputs, unimix, eps, dtype, save)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from diwa.agent import Agent, load_policy, load_world_model, world_model_folder
 from diwa.config import Config
+from diwa.data.store import NEUTRAL_ACTION
 from diwa.nn.rssm import RSSMState
 from diwa.phases.collect import TEST_STARTS
 from diwa.run import RunFolder
@@ -26,13 +25,6 @@ def task_starts(task: str, n: int, seed: int) -> dict[str, NDArray[np.float32]]:
     from diwa.envs.starts import make_starts
 
     return make_starts(task, n, seed=seed)
-
-
-def _make_env(task: str, starts: dict[str, NDArray], share: list[int], max_steps: int) -> Any:
-    from diwa.envs.playtable import PlayTable
-    from diwa.envs.queue import StartQueue
-
-    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, share)
 
 
 class Slots:
@@ -61,7 +53,7 @@ class Slots:
         self.noise[slot] = torch.randn(self.noise.shape[1:], generator=g).to(self.device)
         self.uniform[slot] = torch.rand(self.uniform.shape[1:], generator=g).to(self.device)
         self.reset[slot], self.time[slot] = 1.0, 0
-        self.action[slot] = torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
+        self.action[slot] = torch.from_numpy(NEUTRAL_ACTION)
 
     def act(self, robot_obs: Tensor, scene_obs: Tensor) -> NDArray[np.float32]:
         """Observe, plan where a chunk has been used up, and return actions `[N, 7]`."""
@@ -104,18 +96,14 @@ def evaluate_agent(
     Returns:
         success `[n]` bool, in the order of the starts.
     """
-    from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+    from gymnasium.vector import AutoresetMode
+
+    from diwa.envs.queue import queued_envs
 
     total, limit = len(starts["robot_obs"]), config.evaluate.max_episode_steps
     count = min(config.evaluate.workers * ENVS_PER_WORKER, total)
     shares = [list(range(i, total, count)) for i in range(count)]
-    # The fork server imports torch and the simulator once, not once per environment.
-    multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
-    envs = AsyncVectorEnv(
-        [partial(_make_env, config.task, starts, share, limit) for share in shares],
-        autoreset_mode=AutoresetMode.NEXT_STEP,
-        context="forkserver",
-    )
+    envs = queued_envs(config.task, starts, shares, limit, AutoresetMode.NEXT_STEP)
     success = np.zeros(total, dtype=bool)
     finished = np.zeros(total, dtype=bool)
     slots = Slots(agent, count, limit, seed)

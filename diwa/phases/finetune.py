@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from diwa.agent import (
 )
 from diwa.config import Config
 from diwa.envs.dream import Dream, SuccessFunction
-from diwa.envs.online import OnlineEnv
 from diwa.errors import RunError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.encoders import to_tensor
@@ -30,6 +29,9 @@ from diwa.phases.reward import success_function
 from diwa.rl.gae import RewardScaler, gae
 from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_loss
 from diwa.run import RunFolder
+
+if TYPE_CHECKING:
+    from diwa.envs.online import OnlineEnv
 
 CHECKPOINT_EVERY = 5
 
@@ -76,7 +78,7 @@ class Finetuner:
         self.actor = copy.deepcopy(base).requires_grad_(True)
         # packed again whenever an update has changed the actor
         self.sampler = self.actor.freeze(torch.float32)
-        self.frozen_base = base.freeze(getattr(torch, c.frozen_dtype))
+        self.frozen_base = base.freeze(torch.float32, getattr(torch, c.frozen_dtype))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.critic = Critic(world_model.feature_dim).to(self.device)
@@ -140,7 +142,7 @@ class Finetuner:
         feature = feature[: self.config.bc_states]
         noise = self.base.noise(len(feature), self.generator)
         kf = self.config.ft_denoising_steps
-        chain = self.base.sample(feature, noise, ft_steps=kf, explore=True).chain
+        chain = self.frozen_base.sample(feature, noise, ft_steps=kf, explore=True).chain
         return -chunk_log_prob(self.actor.chain_log_prob(feature, chain)).mean()
 
     def _minibatch(self, batch: tuple[Tensor, ...], train_actor: bool) -> dict[str, Tensor]:

@@ -26,12 +26,13 @@ def _train(
     starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
     evaluations: list[dict[str, float]] = []
     number = 0
-    while env.steps < c.max_env_steps:
+    while True:
         metrics = tuner.iteration(number)
         metrics["online/env_steps"] = env.steps
         metrics["online/training_success"] = metrics.pop("finetune/imagined_success")
         number += 1
-        if number % c.eval_every == 0 or env.steps >= c.max_env_steps:
+        spent = env.steps >= c.max_env_steps
+        if spent or (c.eval_every and number % c.eval_every == 0):
             agent = Agent(
                 tuner.world_model, tuner.actor, tuner.base, config.finetune.ft_denoising_steps
             )
@@ -39,9 +40,8 @@ def _train(
             metrics["online/success"] = success
             evaluations.append({"env_steps": env.steps, "success": success})
         phase.log(number - 1, metrics)
-        if evaluations and evaluations[-1]["success"] >= c.target_success:
-            break
-    return evaluations
+        if spent or (evaluations and evaluations[-1]["success"] >= c.target_success):
+            return evaluations
 
 
 def finetune_online(config: Config, run: RunFolder) -> dict:
@@ -55,7 +55,7 @@ def finetune_online(config: Config, run: RunFolder) -> dict:
     """
     c = config.online
     per_iteration = c.envs * c.n_chunks * config.policy.chunk
-    total = -(-c.max_env_steps // per_iteration)
+    total = max(1, -(-c.max_env_steps // per_iteration))
     with run.phase("online", total, "online/success") as phase:
         if phase.result is not None:
             return phase.result

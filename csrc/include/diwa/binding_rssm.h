@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "diwa/binding_tiles.h"
+#include "diwa/gemm_layout.h"
 
 namespace diwa {
 
@@ -15,9 +16,9 @@ using Tensors = std::vector<Tensor>;
 // A weight of `outputs` rows and `inputs` columns in the layout of gemm.h.
 inline void check_packed(const char* op, const char* name, const Tensor& packed, int64_t outputs,
                          int64_t inputs, bool bf16) {
-  const int64_t n = (outputs + 31) / 32 * 32, k = bf16 ? inputs + inputs % 2 : inputs;
+  const int64_t size = gemm::packed_values(outputs, inputs, bf16);
   STD_TORCH_CHECK(packed.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float) &&
-                      packed.dim() == 1 && packed.size(0) == n * k && packed.is_contiguous(),
+                      packed.dim() == 1 && packed.size(0) == size && packed.is_contiguous(),
                   op, ": packed ", name, " has the wrong size or dtype");
 }
 

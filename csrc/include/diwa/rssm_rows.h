@@ -168,6 +168,32 @@ DIWA_INLINE void onehot(int32_t index, int64_t C, float* z) {
   if (index >= 0) z[index] = 1.f;
 }
 
+// Gates of a GRU and its new state, of the values from c on: s (reset), z (update), n, and the
+// part hn of n that the state before contributes.
+struct Gates {
+  vf s, z, n, hn, h;
+};
+
+// put(c, m, gates) for a state of H values; i and j are the products of the input and of the state
+// with their weights, `old * keep` is the state before.
+template <class Put>
+DIWA_INLINE void gru(const float* i, const float* j, const float* b_ih, const float* b_hh,
+                     const float* old, float keep, int64_t H, const Put& put) {
+  for (int64_t c = 0; c < H; c += DIWA_W) {
+    const int64_t m = H - c;
+    const auto sum = [&](const float* v, const float* bias, int64_t gate) {
+      return load(v + gate * H + c, m) + load(bias + gate * H + c, m);
+    };
+    Gates g;
+    g.s = vsigmoid(sum(i, b_ih, 0) + sum(j, b_hh, 0));
+    g.z = vsigmoid(sum(i, b_ih, 1) + sum(j, b_hh, 1));
+    g.hn = sum(j, b_hh, 2);
+    g.n = vtanh(sum(i, b_ih, 2) + g.s * g.hn);
+    g.h = g.n + g.z * (load(old + c, m) * keep - g.n);
+    put(c, m, g);
+  }
+}
+
 // n values of a row, times `scale`, as the activations of a GEMM; an odd n ends with a zero.
 template <bool BF>
 DIWA_INLINE void activate(const float* x, int64_t n, float scale,
