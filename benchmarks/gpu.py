@@ -25,7 +25,7 @@ import torch
 import diwa
 from diwa import ops
 
-from .gpu_cases import Case, groups
+from .gpu_cases import GraphCase, groups
 
 ROUNDS, SAMPLE_S = 9, 2e-3
 
@@ -71,7 +71,7 @@ class Clock:
         return max(1, min(1000, int(SAMPLE_S / max(self(call, 3) / 3, 1e-7)) + 1))
 
 
-def measure(case: Case, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(case: GraphCase, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """The item of the result file and its details.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,76 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diwa import ops
-from diwa.config import PolicyConfig
-from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.rssm import RSSM, RSSMState
 from diwa.ops import reference_chain, reference_gpu, reference_rssm
 from diwa.ops.denoise_chain_cluster import denoise_chain_cluster, problem
 
-from .gpu_peers import original_chain, original_imagine
+from .chain import largest
+from .harness import Case
+from .inputs import PAPER, TINY, Size, policies
+from .peers.chain import Original as OriginalChain
+from .peers.rssm import Original as OriginalRSSM
 
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of world model and policy."""
-
-    deter: int = 1024
-    hidden: int = 1000
-    groups: int = 32
-    classes: int = 32
-    embed: int = 1551
-    width: int = 512
-    steps: int = 20
-    ft_steps: int = 10
-
-
-TINY = Size(24, 20, 4, 5, 18, 256, 4, 2)
+TRIED = replace(TINY, width=256, steps=4, ft_steps=2)
+"""Of the tests: the smallest that the chain kernel takes."""
 
 
 @dataclass
-class Case:
-    """One item: `ours` and its peers do the same work; `original` is the published eager form.
+class GraphCase(Case):
+    """A case some of whose calls can be captured: `graph` names them, "diwa" or a peer."""
 
-    `errors` gives the largest errors of ours and of eager torch against float64 and the bound that
-    ours must keep.
-    """
-
-    op: str
-    case: str
-    dtype: str
-    ours: Callable[[], Any]
-    peers: dict[str, Callable[[], Any]]
-    errors: Callable[[], tuple[float, float, float]]
     flops: float = 0.0
-    tail: bool = False
-    graph: tuple[str, ...] = ()  # of "ours" and the peers, those to capture
-    skipped: dict[str, str] = field(default_factory=dict)
+    graph: tuple[str, ...] = ()
 
 
-def error(actual: Tensor, right: Tensor) -> float:
-    """Largest difference; infinite if there is a NaN."""
-    difference = (actual.double() - right.double()).abs().max().item()
-    return float("inf") if difference != difference else difference
-
-
-def policies(size: Size, device: torch.device) -> list[DiffusionPolicy]:
-    """Frozen and tuned, with different weights."""
-    torch.manual_seed(0)
-    config = PolicyConfig(width=size.width, denoising_steps=size.steps)
-    feature = size.deter + size.groups * size.classes
-    return [DiffusionPolicy(feature, config).requires_grad_(False).to(device) for _ in range(2)]
-
-
-def chains(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterator[Case]:
+def chains(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterator[GraphCase]:
     """The denoising chain with its log-probabilities."""
-    base, tuned = policies(size, device)
+    base, tuned = (p.requires_grad_(False).to(device) for p in policies(size))
+    published = OriginalChain(base, tuned, size.ft_steps).to(device).requires_grad_(False)
     nets = [p.network() for p in (base, tuned)]
     exact = [copy.deepcopy(p).double() for p in (base, tuned)]
     table = tuned.schedule.tables(tuned.config, explore=True)
     kf, clip = size.ft_steps, tuned.config.clip_noise
     why = problem(nets[0], device) if device.type == "cuda" else "no CUDA device"
     backend = "reference" if why else "cuda"
-    per_row = size.steps * 2.0 * (2 * tuned.chunk_dim * size.width + 2 * size.width**2)
+    per_row = size.policy_flops(size.steps)
     for n in batches:
         feature = torch.randn(n, base.cond_dim, device=device)
         noise = torch.randn(size.steps + 1, n, tuned.chunk_dim, device=device)
@@ -91,7 +54,8 @@ def chains(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterat
             return reference_chain.denoise_chain(*args, kf, clip)
 
         def original(feature: Tensor = feature, noise: Tensor = noise) -> Any:
-            return original_chain(base, tuned, feature, noise, kf)
+            with torch.no_grad():
+                return published.rollout(feature, noise)
 
         def half(args: Any = args) -> Any:
             with torch.autocast(device.type, torch.bfloat16):
@@ -114,10 +78,10 @@ def chains(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterat
             def errors(
                 ours: Any = ours, half: Any = half, right: Any = right
             ) -> tuple[float, float, float]:
-                exact, eager = right(), error(half().chunk, right())
-                return error(ours().chunk, exact), eager, 2 * eager + 1e-3
+                exact, eager = right(), largest(half().chunk, right())
+                return largest(ours().chunk, exact), eager, 2 * eager + 1e-3
 
-            yield Case(
+            yield GraphCase(
                 *("denoise_chain", f"B={n}", name, ours, peers, errors, n * per_row),
                 graph=("diwa", "hoisted", "hoisted bf16"),
                 skipped={"cluster kernel": why} if why else {},
@@ -134,20 +98,27 @@ def chains(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterat
         shape = (*noise.shape[:2], tuned.config.chunk, tuned.action_dim)
         how = {"base": exact[0], "ft_steps": kf, "explore": True, "backend": "reference"}
         chain = exact[1].sample(feature.double(), noise.double().view(shape), **how)
-        wrong = error(act().chunk, chain.chunk.flatten(1))
+        wrong = largest(act().chunk, chain.chunk.flatten(1))
         return wrong, wrong, 1e-2  # TF32 may be on
 
-    peers = {"original": lambda: original_chain(base, tuned, feature, noise, kf)}
-    tail = Case("policy_inference", "B=1", "fp32", act, peers, bounds, tail=True, graph=("diwa",))
+    @torch.no_grad()
+    def one() -> Any:
+        return published.rollout(feature, noise)
+
+    peers = {"original": one}
+    tail = GraphCase(
+        "policy_inference", "B=1", "fp32", act, peers, bounds, tail=True, graph=("diwa",)
+    )
     yield tail
 
 
-def imagination(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterator[Case]:
+def imagination(size: Size, batches: tuple[int, ...], device: torch.device) -> Iterator[GraphCase]:
     """Four prior steps."""
     torch.manual_seed(0)
     rssm = RSSM(7, size.embed, size.deter, size.groups, size.classes, size.hidden)
     rssm = rssm.requires_grad_(False).to(device)
     exact = copy.deepcopy(rssm).double()
+    published = OriginalRSSM(rssm).requires_grad_(False)
     for n in batches:
         h = torch.randn(n, size.deter, device=device).tanh()
         z_idx = torch.randint(size.classes, (n, size.groups), device=device)
@@ -160,7 +131,7 @@ def imagination(size: Size, batches: tuple[int, ...], device: torch.device) -> I
             return reference_rssm.rssm_imagine(rssm.prior_weights(), *args)
 
         def original(h: Tensor = h, z: Tensor = z, actions: Tensor = actions) -> Any:
-            return original_imagine(rssm, h, z, actions)
+            return published(h, z, actions, None)
 
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             frozen = rssm.freeze(dtype)
@@ -174,10 +145,10 @@ def imagination(size: Size, batches: tuple[int, ...], device: torch.device) -> I
                 first = [t[:1] if i > 1 else t for i, t in enumerate(args)]
                 wide = [t.double() if t.is_floating_point() else t for t in first]
                 right = reference_rssm.rssm_imagine(exact.prior_weights(), *wide)[0]
-                wrong, plain = (error(f()[0][:1], right) for f in (ours, eager))
+                wrong, plain = (largest(f()[0][:1], right) for f in (ours, eager))
                 return wrong, plain, 2 * plain + (1e-5 if name == "fp32" else 2e-2)
 
-            yield Case(
+            yield GraphCase(
                 *("rssm_imagine", f"B={n},L=4", name, ours),
                 {"original": original, "eager": eager},
                 errors,
@@ -185,7 +156,7 @@ def imagination(size: Size, batches: tuple[int, ...], device: torch.device) -> I
             )
 
 
-def observation(size: Size, frames: int, n: int, device: torch.device) -> Iterator[Case]:
+def observation(size: Size, frames: int, n: int, device: torch.device) -> Iterator[GraphCase]:
     """The posterior scan, forward and backward."""
     torch.manual_seed(0)
     rssm = RSSM(7, size.embed, size.deter, size.groups, size.classes, size.hidden).to(device)
@@ -208,9 +179,9 @@ def observation(size: Size, frames: int, n: int, device: torch.device) -> Iterat
     def errors() -> tuple[float, float, float]:
         ours, eager = run("auto")()[0], run("reference")()[0]
         scale = eager.abs().max().item()
-        return error(ours, eager) / scale, 0.0, 1e-2
+        return largest(ours, eager) / scale, 0.0, 1e-2
 
-    yield Case(
+    yield GraphCase(
         *("rssm_observe", f"T={frames},B={n}", "fp32", run("auto")),
         {"original": run("reference")},
         errors,
@@ -218,7 +189,7 @@ def observation(size: Size, frames: int, n: int, device: torch.device) -> Iterat
     )
 
 
-def pointwise(size: Size, n: int, device: torch.device) -> Iterator[Case]:
+def pointwise(size: Size, n: int, device: torch.device) -> Iterator[GraphCase]:
     """The kernels between GEMMs, one by one, and GAE."""
     cells = (n, size.groups, size.classes)
     logits, uniform = torch.randn(cells, device=device), torch.rand(cells[:2], device=device)
@@ -270,11 +241,11 @@ def pointwise(size: Size, n: int, device: torch.device) -> Iterator[Case]:
 
         def errors(call: Any = call, plain: Any = plain) -> tuple[float, float, float]:
             right = plain(torch.float64)
-            eager = error(plain(torch.float32), right)
+            eager = largest(plain(torch.float32), right)
             floor = 1e-5 * right.double().abs().max().item()
-            return error(call("auto"), right), eager, 2 * eager + floor
+            return largest(call("auto"), right), eager, 2 * eager + floor
 
-        yield Case(
+        yield GraphCase(
             *(name, case, "fp32", lambda call=call: call("auto")),
             {"original": lambda call=call: call("reference")},
             errors,
@@ -282,9 +253,9 @@ def pointwise(size: Size, n: int, device: torch.device) -> Iterator[Case]:
         )
 
 
-def groups(device: torch.device, tiny: bool) -> dict[str, Callable[[], Iterator[Case]]]:
+def groups(device: torch.device, tiny: bool) -> dict[str, Callable[[], Iterator[GraphCase]]]:
     """The suite, by group."""
-    size = TINY if tiny else Size()
+    size = TRIED if tiny else PAPER
     batches = (3,) if tiny else (50, 64, 256, 1024)
     frames, rows = (3, 2) if tiny else (50, 50)
     return {

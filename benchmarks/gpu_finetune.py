@@ -68,7 +68,7 @@ def rollout_graph(tuner: Finetuner) -> Callable[[], Rollout]:
     """
 
     def once() -> Rollout:
-        tuner.actor._sampler = None  # the table of the time embedding belongs into the graph
+        tuner.sampler.refresh()  # the table of the time embedding belongs into the graph
         return tuner.rollout()
 
     stream = torch.cuda.Stream()

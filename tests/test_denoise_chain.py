@@ -126,6 +126,7 @@ def test_bfloat16_is_the_reference_with_rounded_inputs(variant, monkeypatch):
 
     assert error(actual, right) < 0.25 * error(exact, right)
     assert error(actual, exact) > 1e-4, "bfloat16 was not used"
+    # both read them off the same noise, in float32
     torch.testing.assert_close(actual.log_prob, right.log_prob, rtol=0, atol=1e-5)
 
 
@@ -139,6 +140,7 @@ def test_rows_do_not_depend_on_their_batch(variant):
     for rows in (slice(0, 1), slice(50, 57)):
         part = {"h": h[rows], "z_idx": z[rows]}
         alone = run(case, nets, part, noise[:, rows], variant.backend)
+        # float32 sums of up to a few hundred terms in another order
         torch.testing.assert_close(alone.chain, whole.chain[rows], rtol=0, atol=1e-5)
     again = run(case, nets, {"h": h, "z_idx": z}, noise, variant.backend)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
@@ -155,6 +157,7 @@ def test_threads_give_the_same_chain(variant):
         three = run(case, nets, {"h": h, "z_idx": z}, noise, variant.backend)
     finally:
         torch.set_num_threads(1)
+    # float32 sums of up to a few hundred terms in another order
     torch.testing.assert_close(three.chain, one.chain, rtol=0, atol=1e-5)
 
 

@@ -163,7 +163,7 @@ def test_to_another_dtype_and_back(made, dtype):
     out = moved(*inputs)
     assert out.isfinite().all()
     if dtype == torch.float64:
-        torch.testing.assert_close(out.float(), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.float(), before, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(moved.float()(*inputs), before, rtol=1e-5, atol=1e-5)
 
 
@@ -183,10 +183,10 @@ def test_compile(made):
     module.zero_grad()
     torch._dynamo.reset()
     fast = torch.compile(module, backend="aot_eager")
-    torch.testing.assert_close(fast(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast(*inputs), module(*inputs), rtol=1e-5, atol=1e-5)
     _loss(fast, inputs).backward()
     for a, b in zip(_gradients(module), eager, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def _train_in_parallel(rank, world, name, rendezvous, results):
@@ -216,7 +216,7 @@ def test_distributed_data_parallel_with_gloo(name, tmp_path):
     torch.manual_seed(0)
     _loss(module, inputs()).backward()
     alone = torch.stack([g.double().sum() for g in _gradients(module)])
-    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes_share_their_gradients(tmp_path):

@@ -186,9 +186,11 @@ def test_public_operators_take_the_backend(variant, dtype):
     backend = {"backend": variant.backend}
     assert torch.equal(diwa.ops.onehot_st(x, u, **backend), diwa.ops.onehot_st(x, u))
     kl = [diwa.ops.balanced_kl(x, x.flip(0), 0.8, **b)[0] for b in (backend, {})]
+    # float32 sums of up to a few hundred terms in another order
     torch.testing.assert_close(*kl, rtol=1e-5, atol=1e-6)
     args = episode(4, 3, variant.device)
     both = [diwa.ops.gae(*args, 0.99, 0.95, **b)[0] for b in (backend, {})]
+    # a tree of sums instead of a running one
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
     with pytest.raises(diwa.ops.BackendError, match="takes float32"):
         diwa.ops.gae(*(a.double() for a in args), 0.99, 0.95, **backend)

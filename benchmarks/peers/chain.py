@@ -41,7 +41,9 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Computed anew at every call."""
-        omega = torch.exp(torch.arange(self.half) * (-math.log(1e4) / (self.half - 1)))
+        omega = torch.exp(
+            torch.arange(self.half, device=t.device) * (-math.log(1e4) / (self.half - 1))
+        )
         angle = t[:, None] * omega[None]
         return torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -129,7 +131,7 @@ class Original(_Chain):
         """Chunk `[N, P]` and chain `[N, Kf + 1, P]` from noise `[K + 1, N, P]`, P = L * A."""
         x, chain = noise[0], []
         for i, step in enumerate(reversed(range(self.steps))):
-            t = torch.full((len(x),), step, dtype=torch.long)
+            t = torch.full((len(x),), step, device=x.device)
             if step == self.ft_steps - 1:
                 chain.append(x)
             mean, std = self.mean_std(x, t, feature)
@@ -141,7 +143,7 @@ class Original(_Chain):
     def log_prob(self, feature: Tensor, chain: Tensor) -> Tensor:
         """`[N * Kf, P]` of chains `[N, Kf + 1, P]`, features repeated for every step."""
         kf = chain.shape[1] - 1
-        t = torch.arange(kf - 1, -1, -1).repeat(len(chain))
+        t = torch.arange(kf - 1, -1, -1, device=chain.device).repeat(len(chain))
         cond = feature[:, None].repeat(1, kf, 1).flatten(0, 1)
         return self.pair_log_prob(cond, chain[:, :-1].flatten(0, 1), chain[:, 1:].flatten(0, 1), t)
 
@@ -169,7 +171,7 @@ class Needed(Original):
         """As `Original.forward`."""
         x, chain = noise[0], []
         for i, step in enumerate(reversed(range(self.steps))):
-            t = torch.full((len(x),), step, dtype=torch.long)
+            t = torch.full((len(x),), step, device=x.device)
             net = self.tuned if step < self.ft_steps else self.base
             if step == self.ft_steps - 1:
                 chain.append(x)
@@ -258,7 +260,7 @@ class Hoisted(_Chain):
     def log_prob(self, feature: Tensor, chain: Tensor) -> Tensor:
         """`[N, Kf, P]` of chains `[N, Kf + 1, P]`, all steps of a state together."""
         kf = chain.shape[1] - 1
-        t = torch.arange(kf - 1, -1, -1)
+        t = torch.arange(kf - 1, -1, -1, device=chain.device)
         x, net = chain[:, :-1], self.tuned
         eps = net(x, net.table[t], net.cond_in(feature)[:, None])
         return self._density(x, eps, chain[:, 1:], t)

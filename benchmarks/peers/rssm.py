@@ -60,7 +60,7 @@ class _Recurrent(nn.Module):
     def sample(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
         """One-hot `[..., Z]` of logits `[..., S, C]`."""
         if uniform is None:
-            uniform = torch.rand(logits.shape[:-1])
+            uniform = torch.rand(logits.shape[:-1], device=logits.device)
         return straight_through(logits.float(), uniform).to(logits.dtype)
 
 
@@ -87,7 +87,7 @@ class Lean(_Recurrent):
         e, a = self.post_e(embed), self.cell_a(action)
         hs, zs, logits = [], [], []
         for t in range(len(embed)):
-            u = torch.rand(*z.shape[:1], self.groups) if uniforms is None else uniforms[t]
+            u = None if uniforms is None else uniforms[t]
             h, z, post = self.posterior_step(h * keep[t], z * keep[t], a[t], e[t], u)
             hs.append(h)
             zs.append(z)
@@ -96,7 +96,7 @@ class Lean(_Recurrent):
         return h, torch.stack(zs), torch.stack(logits), self.split(self.prior(h))
 
     def posterior_step(
-        self, h: Tensor, z: Tensor, action: Tensor, embed: Tensor, uniform: Tensor
+        self, h: Tensor, z: Tensor, action: Tensor, embed: Tensor, uniform: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h, z and posterior logits after one frame; action and embed are projections.
 
@@ -170,7 +170,7 @@ class Gathered(Lean):
             x = F.embedding_bag(z + self.offset, self.table, mode="sum") + self.cell_z.bias
             h = self.gru(F.elu(self.cell_norm(x + self.cell_a(actions[i]))), h)
             logits = self.split(self.prior(h)).float()
-            u = torch.rand(logits.shape[:-1]) if uniforms is None else uniforms[i]
+            u = torch.rand_like(logits[..., 0]) if uniforms is None else uniforms[i]
             z, _ = inverse_cdf(logits, u)
             hs.append(h)
             zs.append(z)

@@ -34,7 +34,7 @@ from diwa.errors import StoreError
 NEUTRAL_ACTION = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
 """No motion, gripper open (method section 1.1)."""
 
-_COLUMNS = {"robot_obs": (15,), "scene_obs": (24,), "action": (7,), "success": ()}
+COLUMNS = {"robot_obs": (15,), "scene_obs": (24,), "action": (7,), "success": ()}
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Episode:
     def validate(self, name: str = "episode") -> None:
         """Raise StoreError if shapes disagree or a value is not finite."""
         frames = len(self.action) + 1
-        for key, trailing in _COLUMNS.items():
+        for key, trailing in COLUMNS.items():
             value = getattr(self, key)
             if key == "success" and value is None:
                 continue
@@ -84,7 +84,7 @@ class Episode:
 
 def check_column_name(name: str) -> str:
     """Returns `name` of an optional column; StoreError if it cannot be one."""
-    if name in _COLUMNS or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+    if name in COLUMNS or not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise StoreError(f"{name!r} cannot be the name of a store column")
     return name
 
@@ -160,7 +160,7 @@ class EpisodeStore:
             raise StoreError(
                 f"{file} is missing or truncated ({error}); collect the data again"
             ) from None
-        expected = (self.frames, *_COLUMNS[name])
+        expected = (self.frames, *COLUMNS[name])
         if array.shape != expected:
             raise StoreError(
                 f"{file} has shape {array.shape}, index.json says {expected}; collect again"

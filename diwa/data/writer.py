@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diwa.checkpoint import write_json
-from diwa.data.store import _COLUMNS, EpisodeStore, check_column_name
+from diwa.data.store import COLUMNS, EpisodeStore, check_column_name
 from diwa.errors import StoreError
 
 
@@ -76,7 +76,7 @@ class StoreWriter:
             raise StoreError(f"another process is writing {self.path}") from None
         columns: dict[str, tuple[str, tuple[int, ...]]] = {
             name: ("bool" if name == "success" else "float32", shape)
-            for name, shape in _COLUMNS.items()
+            for name, shape in COLUMNS.items()
         }
         columns |= {check_column_name(k): v for k, v in layout.columns.items()}
         self.done = self._resume()
