@@ -19,7 +19,7 @@ from typing import Any
 
 from diwa.checkpoint import write_json
 from diwa.compare import comparison
-from diwa.config import Config, from_dict
+from diwa.config import Config, from_dict, to_dict
 from diwa.envs.tasks import TASKS
 from diwa.info import versions
 from diwa.phases.evaluate import evaluate_agent, load_agents, task_starts
@@ -36,10 +36,9 @@ def baseline(folder: Path, limit: int) -> str:
     from diwa.phases.online import finetune_online
 
     torch.set_num_threads(1)
-    text = json.loads((folder / "config.json").read_text())
-    source = str(folder.parent / "base")
-    config = from_dict(Config, {**text, "from_run": source, "device": "cpu"})
-    write_json(folder / "config.json", {**text, "from_run": source, "device": "cpu"})
+    here = {"from_run": str(folder.parent / "base"), "device": "cpu"}
+    config = from_dict(Config, {**json.loads((folder / "config.json").read_text()), **here})
+    write_json(folder / "config.json", to_dict(config))
     run = RunFolder(folder, config, quiet=True)
     starts = task_starts(config.task, config.online.eval_episodes, VALIDATION_STARTS)
     target = float(evaluate_agent(load_agents(config, run)["finetuned"], config, starts).mean())
