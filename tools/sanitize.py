@@ -18,7 +18,7 @@ from diwa_build import find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ("test_mish.py", "test_gru_cell.py", "test_denoise_chain.py", "test_chain_log_prob.py")
+STEMS = ("mish", "gru_cell", "denoise_chain", "chain_log_prob", "rssm_imagine", "rssm_observe")
 LEFT_OUT = "not compile and not opcheck and not gradcheck and not doctest"
 
 
@@ -62,7 +62,7 @@ def main() -> int:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-k", LEFT_OUT, "-p", "no:cacheprovider"]
-    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    tests = [str(ROOT / "tests" / f"test_{stem}.py") for stem in STEMS]
     return subprocess.call([*command, *tests, *sys.argv[1:]], cwd=site, env=environment)
 
 
