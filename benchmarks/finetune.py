@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from diwa.agent import env_action
-from diwa.config import PRESETS, Config
+from diwa.config import Config
 from diwa.envs.dream import ClassifierSuccess
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.world_model import WorldModel
 from diwa.ops import use_backend
 from diwa.phases.finetune import Finetuner, Rollout, make_dream
+from diwa.presets import PRESETS
 from diwa.rl.gae import RewardScaler, gae
 from diwa.rl.ppo import chunk_log_prob
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from diwa.agent import save_policy
-from diwa.config import PRESETS, Config
+from diwa.config import Config
 from diwa.envs.dream import ClassifierSuccess
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.world_model import WorldModel
 from diwa.phases.finetune import Finetuner, Rollout, make_dream
+from diwa.presets import PRESETS
 
 PAPER_ITERATIONS, STARTS = 768, 200
 

@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 
 from diwa.checkpoint import write_json
-from diwa.config import PRESETS, Config, from_dict, to_dict
+from diwa.config import Config, from_dict, to_dict
 from diwa.envs.tasks import TASKS
 from diwa.phases.evaluate import summary
+from diwa.presets import PRESETS
 from diwa.run import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "skills_state.json"

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from .config import PRESETS, Config, from_dict, to_dict
+from .config import Config, from_dict, to_dict
 from .errors import DiwaError, RunError
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .run import RunFolder

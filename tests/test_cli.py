@@ -13,8 +13,9 @@ import pytest
 
 import diwa.report
 from diwa import cli
-from diwa.config import PRESETS, Config, from_dict, to_dict
+from diwa.config import Config, from_dict, to_dict
 from diwa.errors import StoreError
+from diwa.presets import PRESETS
 from diwa.run import PHASES, RunFolder
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from diwa.config import PRESETS, Config, from_dict, to_dict
+from diwa.config import Config, from_dict, to_dict
+from diwa.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

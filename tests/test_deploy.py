@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from diwa.agent import Agent
-from diwa.config import PRESETS
 from diwa.deploy import Controller, DeployConfig, SimulatedRobot, deploy
 from diwa.errors import DiwaError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.world_model import WorldModel
+from diwa.presets import PRESETS
 
 FAST = DeployConfig(rate=500.0, max_steps=11, timeout=5.0)
 

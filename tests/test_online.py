@@ -14,7 +14,7 @@ pytest.importorskip("pybullet", reason="the baseline acts in the simulator")
 from diwa.agent import save_policy, save_world_model
 from diwa.cli import main
 from diwa.compare import steps_to_match
-from diwa.config import PRESETS, OnlineConfig, WorldModelConfig
+from diwa.config import OnlineConfig, WorldModelConfig
 from diwa.envs.online import OnlineEnv
 from diwa.envs.queue import StartQueue
 from diwa.nn.diffusion import DiffusionPolicy
@@ -22,6 +22,7 @@ from diwa.nn.world_model import WorldModel
 from diwa.phases.collect import save_starts
 from diwa.phases.evaluate import task_starts
 from diwa.phases.online import finetune_online
+from diwa.presets import PRESETS
 from diwa.run import RunFolder
 
 TASK = "turn_on_led"

@@ -9,13 +9,14 @@ import torch
 
 from diwa.agent import Agent, env_action, load_classifier, load_policy
 from diwa.checkpoint import read_tensors
-from diwa.config import PRESETS, Config, PretrainConfig
+from diwa.config import Config, PretrainConfig
 from diwa.data.store import Episode, write_store
 from diwa.errors import RunError, StoreError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.world_model import WorldModel
 from diwa.phases import evaluate, finetune, pretrain, reward, world_model
 from diwa.phases.collect import load_starts, save_starts
+from diwa.presets import PRESETS
 from diwa.run import Phase, RunFolder
 
 TASK, LIMIT = "move_slider_left", 16

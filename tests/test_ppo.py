@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from diwa.config import PRESETS, FinetuneConfig, PolicyConfig, WorldModelConfig
+from diwa.config import FinetuneConfig, PolicyConfig, WorldModelConfig
 from diwa.envs.dream import Dream
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.world_model import WorldModel
 from diwa.phases.finetune import Finetuner
+from diwa.presets import PRESETS
 from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_loss
 
 DISCOUNT = [0.91352, 0.92274, 0.93207, 0.94148, 0.95099, 0.96060, 0.97030, 0.98010, 0.99, 1]

@@ -48,7 +48,7 @@ def test_every_diwa_command_in_the_text_exists():
 
 
 def test_presets_are_all_explained():
-    from diwa.config import PRESETS
+    from diwa.presets import PRESETS
 
     presets = README.partition("- Presets:")[2].partition("\n- ")[0]
     assert set(re.findall(r"`(\w+)`", presets)) == set(PRESETS)

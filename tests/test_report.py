@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diwa import report
-from diwa.config import PRESETS
 from diwa.errors import RunError
+from diwa.presets import PRESETS
 from diwa.run import RunFolder
 from diwa.stats import success_rate
 

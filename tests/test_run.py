@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from diwa.config import PRESETS, to_dict
+from diwa.config import to_dict
 from diwa.errors import RunError
+from diwa.presets import PRESETS
 from diwa.run import RunFolder, discard
 
 TINY = PRESETS["tiny"]
