@@ -5,7 +5,7 @@ import torch
 from optest import CPU_ISAS, assert_accurate
 from test_denoise_chain import CONFIG, Case, widen
 
-from diwa.nn.diffusion import NoiseSchedule
+from diwa.nn.schedule import NoiseSchedule
 from diwa.ops import BackendError, chain_log_prob
 
 K = 6

@@ -7,7 +7,7 @@ import torch
 from optest import CPU_ISAS, assert_accurate
 
 from diwa.config import PolicyConfig
-from diwa.nn.diffusion import NoiseSchedule
+from diwa.nn.schedule import NoiseSchedule
 from diwa.ops import BackendError, PackedNetwork, denoise_chain, pack_weight, step_table
 from diwa.ops import reference_chain as reference
 from diwa.ops.packing import packed_size

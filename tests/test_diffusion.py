@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diwa.config import PolicyConfig
-from diwa.nn.diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
+from diwa.nn import DenoisingMLP, DiffusionPolicy, NoiseSchedule
 from diwa.ops.reference_chain import posterior_mean
 from diwa.rl.ppo import chunk_log_prob
 

@@ -14,7 +14,7 @@ MODULES = [
     for package in (diwa.nn, diwa.ops)
     for module in pkgutil.iter_modules(package.__path__)
 ]
-PUBLIC = ("DenoisingMLP", "DiffusionPolicy", "GRUCell", "RSSM", "RewardClassifier")
+PUBLIC = ("DenoisingMLP", "DiffusionPolicy", "GRUCell", "NoiseSchedule", "RSSM", "RewardClassifier")
 
 
 @pytest.mark.parametrize("name", MODULES)

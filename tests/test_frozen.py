@@ -13,7 +13,7 @@ from test_ppo import bandit
 import diwa.nn.diffusion
 from diwa.agent import Agent
 from diwa.config import PolicyConfig
-from diwa.nn.diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
+from diwa.nn import DenoisingMLP, DiffusionPolicy, NoiseSchedule
 from diwa.nn.rssm import RSSMState
 from diwa.ops import use_backend
 from diwa.rl.ppo import chunk_log_prob, clip_schedule

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from diwa.config import PolicyConfig
@@ -17,29 +17,37 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """The tensors that something was packed from, to be asked whether they are still the same.
+    """The tensors of a module that something was packed from, to be asked whether they changed.
 
     Every in-place change through torch counts a tensor's version up, as an optimiser's and that of
     `load_state_dict` do. Writing through `.data` or numpy does not. The tensors are held, so that
-    no other one gets their addresses.
+    no other one gets their addresses. Asking costs a few dictionary look-ups: walking a module's
+    parameters takes longer than a small policy's first layers.
 
     Args:
-        tensors: the tensors now.
+        module: the module now, with all its submodules.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._seen = _versions(self._tensors)
+    def __init__(self, module: nn.Module) -> None:
+        registers = [
+            register
+            for part in module.modules()
+            for register in (part._modules, part._parameters, part._buffers)
+        ]
+        self._entries = [(r, key, value) for r in registers for key, value in r.items()]
+        tensors = [value for _, _, value in self._entries if isinstance(value, Tensor)]
+        self._fixed = not any(t.is_inference() for t in tensors)
+        self._seen = [(t, t.data_ptr(), t._version) for t in tensors] if self._fixed else []
 
-    def changed(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors now are, or may be, others (inference tensors keep no version)."""
-        return self._seen is None or self._seen != _versions(tensors)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
-    if any(t.is_inference() for t in tensors):
-        return None
-    return [(t.data_ptr(), t._version) for t in tensors]
+    def changed(self) -> bool:
+        """Whether a tensor or submodule is, or may be, another (inference tensors keep no
+        version)."""
+        if not self._fixed:
+            return True
+        for register, key, value in self._entries:
+            if register.get(key) is not value:
+                return True
+        return any(t._version != v or t.data_ptr() != p for t, p, v in self._seen)
 
 
 class FrozenPolicy:
@@ -79,13 +87,12 @@ class FrozenPolicy:
 
     def packed(self, dtype: torch.dtype) -> PackedNetwork:
         """The network packed as `dtype`, up to date."""
-        policy = self.policy
-        tensors = [*policy.net.parameters(), *policy.schedule.buffers()]
-        if self._source is None or self._source.changed(tensors):
+        if self._source is None or self._source.changed():
             self.refresh()
-            self._source = Source(tensors)
+            self._source = Source(self.policy)
         if dtype not in self._packed:
-            self._packed[dtype] = PackedNetwork(policy.network(), dtype)
+            with torch.no_grad():
+                self._packed[dtype] = PackedNetwork(self.policy.network(), dtype)
         return self._packed[dtype]
 
     def tables(self, explore: bool) -> tuple[ChainSteps, Tensor]:
@@ -96,7 +103,6 @@ class FrozenPolicy:
             self._tables[key] = steps, step_table(steps)
         return self._tables[key]
 
-    @torch.no_grad()
     def sample(
         self,
         feature: Tensor | tuple[Tensor, Tensor],
@@ -107,7 +113,7 @@ class FrozenPolicy:
         explore: bool = False,
         backend: str = "auto",
     ) -> Chain:
-        """As `DiffusionPolicy.sample`.
+        """As `DiffusionPolicy.sample`, without gradient.
 
         Args:
             feature: `[N, F]`, or `(h, z_idx)`: `[N, H]` and int64 class indices `[N, S]`.

@@ -33,17 +33,14 @@ class FrozenRSSM:
         self.rssm, self.dtype = rssm, dtype
         self.refresh()
 
-    def _parameters(self) -> list[Tensor]:
-        return [t for t in self.rssm.prior_weights() if t is not None]
-
     def refresh(self) -> None:
         """Packs the model's weights again."""
-        self._source = Source(self._parameters())
+        self._source = Source(self.rssm)
         self._packed = pack_rssm(self.rssm.prior_weights(), self.dtype)
 
     def stale(self) -> bool:
         """Whether a parameter has, or may have, changed since the weights were packed."""
-        return self._source.changed(self._parameters())
+        return self._source.changed()
 
     def packed(self) -> PackedRSSM:
         """The packed weights, up to date."""

@@ -42,6 +42,8 @@ constexpr int kRows = 6;  // 12 of 16
 constexpr int kRows = 4;  // 8 of 16
 #endif
 
+constexpr int kStream = 1024;  // bytes that a product with few rows, bound by reading, reads ahead
+
 struct Weight {
   const void* data;
   int64_t N, K;
@@ -164,6 +166,7 @@ void tile(const typename Act<BF>::type* a, int64_t lda, const char* b0, const ch
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       const Step<BF> w(b0, b1, k + u);
+      if (R <= 2) __builtin_prefetch(b0 + (k + u) * kLine + kStream, 0, 3);
       if (R > 2) __builtin_prefetch(b0 + ahead + (k + u) * pace, 0, 2);
       if (R > 2 && kCols > kPanel) __builtin_prefetch(b1 + ahead + (k + u) * pace, 0, 2);
 #pragma GCC unroll 14
