@@ -3,6 +3,7 @@
 from .diffusion import DenoisingMLP, DiffusionPolicy, NoiseSchedule
 from .frozen import FrozenPolicy
 from .frozen_rssm import FrozenRSSM
+from .gaussian import GaussianPolicy
 from .gru import GRUCell
 from .heads import RewardClassifier
 from .rssm import RSSM, RSSMState
@@ -13,6 +14,7 @@ __all__ = [
     "FrozenPolicy",
     "FrozenRSSM",
     "GRUCell",
+    "GaussianPolicy",
     "NoiseSchedule",
     "RSSM",
     "RSSMState",
