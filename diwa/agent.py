@@ -12,9 +12,12 @@ from diwa import checkpoint
 from diwa.config import Config, PolicyConfig, RewardConfig, WorldModelConfig, from_dict, to_dict
 from diwa.errors import CheckpointError
 from diwa.nn.diffusion import DiffusionPolicy
+from diwa.nn.gaussian import GaussianPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
+
+Policy = DiffusionPolicy | GaussianPolicy
 
 
 def _read_meta(folder: Path, kind: str) -> dict[str, Any]:
@@ -55,7 +58,14 @@ def load_world_model(folder: Path, device: str = "cpu") -> WorldModel:
     return model.to(device).requires_grad_(False).eval()
 
 
-def save_policy(folder: Path, policy: DiffusionPolicy, ft_steps: int = 0) -> None:
+def make_policy(cond_dim: int, config: PolicyConfig) -> Policy:
+    """A new policy of the configured kind for features of size `cond_dim`."""
+    if config.kind == "gaussian":
+        return GaussianPolicy(cond_dim, config)
+    return DiffusionPolicy(cond_dim, config)
+
+
+def save_policy(folder: Path, policy: Policy, ft_steps: int = 0) -> None:
     """Write a policy; `ft_steps` > 0 marks one whose last steps were fine-tuned."""
     meta = {
         "kind": "policy",
@@ -66,10 +76,10 @@ def save_policy(folder: Path, policy: DiffusionPolicy, ft_steps: int = 0) -> Non
     checkpoint.save_model(folder, policy, meta)
 
 
-def load_policy(folder: Path, device: str = "cpu") -> tuple[DiffusionPolicy, int]:
+def load_policy(folder: Path, device: str = "cpu") -> tuple[Policy, int]:
     """Frozen policy of a folder and its number of fine-tuned steps."""
     meta = _read_meta(folder, "policy")
-    policy = DiffusionPolicy(meta["cond_dim"], from_dict(PolicyConfig, meta["config"]))
+    policy = make_policy(meta["cond_dim"], from_dict(PolicyConfig, meta["config"]))
     checkpoint.load_state(folder, policy)
     return policy.to(device).requires_grad_(False).eval(), meta["ft_steps"]
 
@@ -95,7 +105,7 @@ def env_action(chunk: Tensor) -> Tensor:
 
 
 class Agent:
-    """World-model filter plus diffusion policy, as evaluated in a simulator.
+    """World-model filter plus policy, as evaluated in a simulator.
 
     The policy is sampled in evaluation mode: the first K - Kf denoising steps by the frozen base
     policy, the rest by the fine-tuned one (all by `policy` when there is no base).
@@ -110,8 +120,8 @@ class Agent:
     def __init__(
         self,
         world_model: WorldModel,
-        policy: DiffusionPolicy,
-        base: DiffusionPolicy | None = None,
+        policy: Policy,
+        base: Policy | None = None,
         ft_steps: int = 0,
     ) -> None:
         self.world_model, self.policy, self.base, self.ft_steps = (
@@ -124,5 +134,6 @@ class Agent:
     @torch.no_grad()
     def act(self, state: RSSMState, noise: Tensor) -> Tensor:
         """Action chunks `[N, L, 7]` ready for the simulator, noise `[K + 1, N, L, A]`."""
-        chain = self.policy.sample(state.feature, noise, base=self.base, ft_steps=self.ft_steps)
+        base: Any = self.base  # of the policy's kind
+        chain = self.policy.sample(state.feature, noise, base=base, ft_steps=self.ft_steps)
         return env_action(chain.chunk)

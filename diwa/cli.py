@@ -43,7 +43,7 @@ COMMANDS = {
     "report": "7. table, plots, videos and a page that shows them",
     "compare": "base policy, DiWA and the online baseline of several runs, as a table",
     "bench": "speed of the operators on this machine, against plain torch and others",
-    "convert": "CALVIN data and checkpoints of DiWA, LUMOS and DPPO, in and out",
+    "convert": "CALVIN and LeRobot data, checkpoints of DiWA, LUMOS and DPPO, in and out",
     "info": "versions, devices and operators, to be pasted in bug reports",
 }
 FUNCTIONS = {

@@ -92,8 +92,11 @@ class WorldModelConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Diffusion policy over action chunks (method section 3)."""
+    """Policy over action chunks (method section 3)."""
 
+    kind: Literal["diffusion", "gaussian"] = "diffusion"
+    """Diffusion policy, or the paper's ablation: a Gaussian with the same layers, whose one step is
+    all that is fine-tuned."""
     chunk: int = 4
     """L, actions per chunk."""
     denoising_steps: int = 20

@@ -1,4 +1,4 @@
-"""`diwa convert`: CALVIN splits and the checkpoints of DiWA, LUMOS and DPPO, in and out."""
+"""`diwa convert`: CALVIN splits, LeRobot datasets and the checkpoints of DiWA, LUMOS and DPPO."""
 
 from __future__ import annotations
 
@@ -95,6 +95,70 @@ class Demos:
 
 
 @dataclass(frozen=True)
+class LeRobot:
+    """A LeRobot dataset (version 3), of one's own robot say, into an episode store."""
+
+    dataset_dir: FolderArgument
+    """Folder of the dataset; it holds meta/info.json."""
+    store_dir: FolderArgument
+    """Store to make; it appears when it is complete."""
+    camera: tuple[str, ...] = ()
+    """Cameras, KEY=NAME: the feature and its column in the store, such as
+    observation.images.top=rgb_static observation.images.wrist=rgb_gripper."""
+    action: str = "action"
+    """Feature of the actions: 7 numbers, motion and rotation of the tool and the gripper."""
+    action_dims: tuple[int, ...] = ()
+    """Which of its numbers, in this order; all if not given."""
+    action_scale: tuple[float, ...] = (1.0,)
+    """Actions are multiplied by this, one number or seven, to lie in [-1, 1]..."""
+    action_offset: tuple[float, ...] = (0.0,)
+    """...and then shifted by this: scale 2 and offset -1 where a gripper has 0 closed to 1 open."""
+    state: str = ""
+    """Feature of the robot's state: kept whole as `state`, its first 15 numbers as `robot_obs`."""
+    scene: str = ""
+    """Feature of the scene state, 24 numbers."""
+    success: str = ""
+    """Feature that is true where the task is solved, such as next.success."""
+    task: TaskName | None = None
+    """Skill that the episodes show; play if not given."""
+    sentence: str = ""
+    """Only the episodes whose task, in words, is this one."""
+    size: int = 64
+    """Pictures are shrunk to squares of this many pixels by area interpolation; 0 keeps them."""
+    overwrite: bool = False
+    """Replace a store that is there already."""
+
+    def __call__(self) -> None:
+        from .data.lerobot_convert import LeRobotKeys, lerobot_to_store, parse_cameras
+
+        keys = LeRobotKeys(
+            parse_cameras(self.camera),
+            self.action,
+            self.action_dims,
+            self.action_scale,
+            self.action_offset,
+            self.state,
+            self.scene,
+            self.success,
+        )
+        with _Bar("converting") as bar:
+            store = lerobot_to_store(
+                self.dataset_dir,
+                self.store_dir,
+                keys,
+                task=self.task or "",
+                sentence=self.sentence,
+                size=self.size,
+                overwrite=self.overwrite,
+                progress=bar,
+            )
+        print(
+            f"{store.path}: {store.frames} frames in {len(store)} episodes, "
+            f"{store.source['fps']:g} per second"
+        )
+
+
+@dataclass(frozen=True)
 class ToCalvin:
     """An episode store into a split in CALVIN's layout."""
 
@@ -175,6 +239,7 @@ class ToCheckpoint:
 COMMANDS: dict[str, type] = {
     "calvin": Calvin,
     "demos": Demos,
+    "lerobot": LeRobot,
     "to-calvin": ToCalvin,
     "checkpoint": Checkpoint,
     "to-checkpoint": ToCheckpoint,

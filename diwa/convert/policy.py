@@ -160,9 +160,13 @@ def export_policy(folder: Path) -> Tensors:
     """Tensors under DPPO's names; a fine-tuned policy comes with its base and critic.
 
     Raises:
-        CheckpointError: a fine-tuned policy has no `base` folder beside its weights.
+        CheckpointError: a Gaussian policy, or a fine-tuned one without `base` beside its weights.
     """
     meta = checkpoint.read_meta(folder)
+    if meta["config"].get("kind", "diffusion") != "diffusion":
+        raise CheckpointError(
+            f"{folder} holds a Gaussian policy; only diffusion policies have a form"
+        )
     part = meta.get("part", "actor_ft" if meta["ft_steps"] else "network")
     tensors = _export_network(folder, part)
     if meta["ft_steps"]:

@@ -3,6 +3,7 @@
 from .diffusion import DenoisingMLP, DiffusionPolicy
 from .frozen import FrozenPolicy
 from .frozen_rssm import FrozenRSSM
+from .gaussian import GaussianPolicy
 from .gru import GRUCell
 from .heads import RewardClassifier
 from .rssm import RSSM, RSSMState
@@ -14,6 +15,7 @@ __all__ = [
     "FrozenPolicy",
     "FrozenRSSM",
     "GRUCell",
+    "GaussianPolicy",
     "NoiseSchedule",
     "RSSM",
     "RSSMState",

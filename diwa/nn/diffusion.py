@@ -164,6 +164,11 @@ class DiffusionPolicy(nn.Module):
         )
         self._sampler: FrozenPolicy | None = None
 
+    @property
+    def steps(self) -> int:
+        """Sampling steps: K, or the number visited with DDIM."""
+        return self.schedule.steps
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sampler": None}  # packed weights are not copied
 

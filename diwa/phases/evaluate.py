@@ -44,7 +44,7 @@ class Slots:
         self.time = np.zeros(n, dtype=int)
         self.chunk = torch.zeros(n, c.chunk, 7, device=self.device)
         chunks = -(-max_steps // c.chunk)
-        self.noise = torch.zeros(n, chunks, c.denoising_steps + 1, c.chunk, 7, device=self.device)
+        self.noise = torch.zeros(n, chunks, agent.policy.steps + 1, c.chunk, 7, device=self.device)
         self.uniform = torch.zeros(n, max_steps + 1, rssm.stoch_groups, device=self.device)
 
     def begin(self, slot: int, start: int) -> None:

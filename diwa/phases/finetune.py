@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diwa.agent import (
     Agent,
+    Policy,
     env_action,
     load_policy,
     load_world_model,
@@ -20,7 +22,6 @@ from diwa.agent import (
 from diwa.config import Config
 from diwa.envs.dream import Dream, SuccessFunction
 from diwa.errors import RunError
-from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.encoders import to_tensor
 from diwa.nn.heads import Critic
 from diwa.nn.world_model import WorldModel
@@ -69,16 +70,17 @@ class Finetuner:
         self,
         config: Config,
         world_model: WorldModel,
-        base: DiffusionPolicy,
+        base: Policy,
         dream: Dream | OnlineEnv,
     ) -> None:
-        self.config = c = config.finetune
+        kf = min(config.finetune.ft_denoising_steps, base.steps)  # a Gaussian policy has one step
+        self.config = c = dataclasses.replace(config.finetune, ft_denoising_steps=kf)
         self.device = torch.device(config.device)
         self.world_model, self.base = world_model, base
         self.actor = copy.deepcopy(base).requires_grad_(True)
         # packed again whenever an update has changed the actor
         self.sampler = self.actor.freeze(torch.float32)
-        self.frozen_base = base.freeze(torch.float32, getattr(torch, c.frozen_dtype))
+        self.frozen_base: Any = base.freeze(torch.float32, getattr(torch, c.frozen_dtype))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.critic = Critic(world_model.feature_dim).to(self.device)
@@ -91,7 +93,6 @@ class Finetuner:
         )
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.dream = dream
-        kf = c.ft_denoising_steps
         self.discount = denoising_discount(kf, c.gamma_denoising, self.device)
         self.clip = clip_schedule(kf, c.clip_coef, c.clip_coef_base, c.clip_coef_rate, self.device)
 
@@ -306,7 +307,8 @@ def finetune(config: Config, run: RunFolder) -> dict:
         for i in range(phase.start, c.iterations):
             metrics = tuner.iteration(i)
             if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
-                agent = Agent(tuner.world_model, tuner.actor, tuner.base, c.ft_denoising_steps)
+                kf = tuner.config.ft_denoising_steps
+                agent = Agent(tuner.world_model, tuner.actor, tuner.base, kf)
                 starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
                 wins = evaluate_agent(agent, config, starts)
                 metrics["finetune/real_success"] = float(wins.mean())
@@ -318,7 +320,8 @@ def finetune(config: Config, run: RunFolder) -> dict:
         steps = _env_steps() - before
         if steps:
             raise RunError(f"fine-tuning took {steps} environment steps; it must take none")
-        save_policy(phase.dir, tuner.actor.requires_grad_(False), c.ft_denoising_steps)
+        actor = tuner.actor.requires_grad_(False)
+        save_policy(phase.dir, actor, tuner.config.ft_denoising_steps)
         return phase.finish(
             {
                 "imagined_start": start_success,

@@ -34,7 +34,7 @@ def _train(
         spent = env.steps >= c.max_env_steps
         if spent or (c.eval_every and number % c.eval_every == 0):
             agent = Agent(
-                tuner.world_model, tuner.actor, tuner.base, config.finetune.ft_denoising_steps
+                tuner.world_model, tuner.actor, tuner.base, tuner.config.ft_denoising_steps
             )
             success = float(evaluate_agent(agent, config, starts).mean())
             metrics["online/success"] = success
@@ -71,7 +71,7 @@ def finetune_online(config: Config, run: RunFolder) -> dict:
         finally:
             env.close()
         actor = tuner.actor.requires_grad_(False)
-        save_policy(phase.dir, actor, config.finetune.ft_denoising_steps)
+        save_policy(phase.dir, actor, tuner.config.ft_denoising_steps)
         reached = evaluations[-1]["success"] >= c.target_success
         return phase.finish(
             {"env_steps": env.steps, "reached": reached, "evaluations": evaluations}

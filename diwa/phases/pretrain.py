@@ -8,12 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from diwa.agent import load_world_model, save_policy, world_model_folder
+from diwa.agent import load_world_model, make_policy, save_policy, world_model_folder
 from diwa.config import Config, PretrainConfig
 from diwa.data.sampler import previous_actions
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import StoreError
-from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.encoders import to_tensor
 from diwa.nn.world_model import WorldModel
 from diwa.run import RunFolder
@@ -68,7 +67,7 @@ class Pretrainer:
         device = model.codec.mean.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.policy = DiffusionPolicy(model.feature_dim, config.policy).to(device)
+            self.policy = make_policy(model.feature_dim, config.policy).to(device)
         self.average = copy.deepcopy(self.policy).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay

@@ -1,0 +1,162 @@
+"""What keeps PPO honest in dreams: the behaviour-cloning coefficient, the reward, the policy.
+
+Fine-tunes one skill of an existing run again, once per coefficient of the cloning term and once per
+variant, and evaluates each policy in dreams and in the simulator: benchmarks/results/bc_sweep.json.
+Play, world model, demonstrations, base policy and reward are those of the run, which stays as it
+is. Without the term a policy may learn what only the world model believes (success in dreams up,
+in the simulator not); with too much of it, it stays what it was. Finished rows are kept::
+
+    python benchmarks/bc_sweep.py --from-run runs/skills/move_slider_left-0 --folder runs/bc_sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diwa.checkpoint import write_json
+from diwa.config import Config, from_dict
+from diwa.phases.collect import TEST_STARTS
+from diwa.phases.evaluate import evaluate_agent, load_agents, summary, task_starts
+from diwa.phases.finetune import finetune
+from diwa.phases.pretrain import pretrain
+from diwa.run import RunFolder
+
+RESULT = Path(__file__).parent / "results" / "bc_sweep.json"
+COEFFICIENTS = (0.0, 0.5, 0.05, 0.1, 0.025, 0.01)
+"""The paper's, the telling ones first."""
+VARIANTS = ("classifier", "decoder", "gaussian")
+REUSED = ("collect", "world_model", "pretrain", "reward")
+
+
+def variant_config(source: Config, name: str) -> Config:
+    """The run's settings with another reward (section 7.5) or policy (section 7.2)."""
+    if name == "gaussian":
+        policy = dataclasses.replace(source.policy, kind="gaussian")
+        return dataclasses.replace(source, policy=policy)
+    reward = dataclasses.replace(source.reward, kind=name)
+    return dataclasses.replace(source, reward=reward)
+
+
+def coefficient_config(source: Config, coefficient: float) -> Config:
+    """The run's settings with another weight of the cloning term."""
+    ppo = dataclasses.replace(source.finetune, bc_coef=coefficient)
+    return dataclasses.replace(source, finetune=ppo)
+
+
+def prepare(source: Path, path: Path, config: Config) -> RunFolder:
+    """A run folder that begins where the source's fine-tuning began."""
+    run = RunFolder(path, config, quiet=True)
+    same = json.loads((source / "config.json").read_text())["policy"].get("kind", "diffusion")
+    for name in REUSED:
+        if name == "pretrain" and config.policy.kind != same:
+            continue
+        if not run.dir(name).exists():
+            partial = run.path / f".{name}.copying"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial)
+            partial.rename(run.dir(name))
+    return run
+
+
+def measure(run: RunFolder, episodes: int, new_base: bool) -> dict[str, Any]:
+    """Fine-tune and evaluate on the test starts; the base policy, too, where it is another."""
+    file, config = run.path / "row.json", run.config
+    if file.exists() and (row := json.loads(file.read_text()))["finetuned"]["n"] == episodes:
+        return row
+    pretrain(config, run)
+    result = finetune(config, run)
+    starts = task_starts(config.task, episodes, TEST_STARTS)
+    agents = load_agents(config, run)
+    real = {
+        name: summary(evaluate_agent(agent, config, starts, seed=config.seed))
+        for name, agent in agents.items()
+        if name == "finetuned" or new_base
+    }
+    rows = run.metrics("finetune")
+    row = {
+        "bc_coef": config.finetune.bc_coef,
+        "reward": config.reward.kind,
+        "policy": config.policy.kind,
+        **real,
+        "imagined_start": result["imagined_start"],
+        "imagined_final": result["imagined_final"],
+        "imagined_curve": [round(r["finetune/imagined_success"], 3) for r in rows],
+        "seconds": round(result["seconds"]),
+    }
+    write_json(file, row)
+    return row
+
+
+def base_success(run: RunFolder, episodes: int) -> dict[str, Any]:
+    """The base policy on the same starts."""
+    file = run.path / "base.json"
+    if file.exists() and (found := json.loads(file.read_text()))["n"] == episodes:
+        return found
+    starts = task_starts(run.config.task, episodes, TEST_STARTS)
+    agent = load_agents(run.config, run)["base"]
+    found = summary(evaluate_agent(agent, run.config, starts, seed=run.config.seed))
+    write_json(file, found)
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--from-run", type=Path, required=True, help="a finished run of one skill")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bc_sweep"))
+    parser.add_argument("--coefficients", nargs="*", type=float, default=COEFFICIENTS)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--episodes", type=int, default=100, help="test episodes of each row")
+    parser.add_argument("--iterations", type=int, help="PPO iterations, where not the run's own")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure row after row; the result is written after each."""
+    args = parse()
+    source = from_dict(Config, json.loads((args.from_run / "config.json").read_text()))
+    ppo = dataclasses.replace(source.finetune, eval_every=0)  # only the last policy is asked for
+    if args.iterations:
+        ppo = dataclasses.replace(ppo, iterations=args.iterations)
+    source = dataclasses.replace(source, finetune=ppo)
+    plan = [(f"bc-{c:g}", coefficient_config(source, c)) for c in args.coefficients]
+    plan += [(name, variant_config(source, name)) for name in args.variants]
+    rows: dict[str, Any] = {}
+    base = base_success(prepare(args.from_run, args.folder / "base", source), args.episodes)
+    for name, config in plan:
+        run = prepare(args.from_run, args.folder / name, config)
+        rows[name] = measure(run, args.episodes, config.policy != source.policy)
+        row = rows[name]
+        print(
+            f"{name:12s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
+            f"{row.get('base', base)['success']:.2f} -> {row['finetuned']['success']:.2f}",
+            flush=True,
+        )
+        versions = json.loads((run.path / "versions.json").read_text())
+        write_json(
+            args.out,
+            {
+                "meta": {
+                    "commit": versions["commit"],
+                    "date": datetime.date.today().isoformat(),
+                    "device": versions["device"],
+                    "preset": source.preset,
+                    "task": source.task,
+                    "seed": source.seed,
+                    "iterations": source.finetune.iterations,
+                },
+                "base": base,
+                "rows": rows,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
