@@ -17,6 +17,7 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt tools/diwa_build.py $(shell fin
 help:
 	@echo "make demo   from nothing to a fine-tuned skill: install, run, before/after table"
 	@echo "make test   install and pass the tests"
+	@echo "make sanitize  test the native operators under address and undefined-behaviour checks"
 	@echo "make bench  measure the operators against others, write benchmarks/README.md"
 	@echo "make clean  remove .venv, build folders and caches (not runs/)"
 
@@ -57,6 +58,9 @@ lint: install-test
 # compiled where nvcc exists: tests/test_aot.py.
 test: lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+sanitize: install-test
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/sanitize.py
 
 # Leave the machine alone meanwhile: about an hour, most of it torch.compile.
 bench: install-bench
