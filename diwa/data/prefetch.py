@@ -71,7 +71,7 @@ class Prefetcher:
         if cuda:
             self._copies = torch.cuda.Stream(self.device)
         self._thread: threading.Thread | None = None
-        self._next = -1
+        self._next, self._end = -1, stop
         self._sent: list[_Sent] = []
         self._waited, self._since = 0.0, time.perf_counter()
 
@@ -114,7 +114,7 @@ class Prefetcher:
         self._sent = []
 
     def _ahead(self, step: int) -> dict[str, Tensor]:
-        if step != self._next or self._thread is None:
+        if step != self._next or step >= self._end or self._thread is None:
             self._start(step)
         self._next = step + 1
         if self._copies is None:
@@ -128,7 +128,7 @@ class Prefetcher:
         stream = torch.cuda.current_stream(self.device)
         for tensor in sent.batch.values():
             tensor.record_stream(stream)
-        if self._next < self.stop and not self._ready.empty():
+        if self._next < self._end and not self._ready.empty():
             self._sent.append(self._send(self._receive(), self._copies))
         return sent.batch
 
@@ -148,7 +148,7 @@ class Prefetcher:
 
     def _start(self, step: int) -> None:
         self.close()
-        self._closed = threading.Event()
+        self._closed, self._end = threading.Event(), max(self.stop, step + 1)
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Made | BaseException] = queue.SimpleQueue()
         like = self.sampler.batch(step) if self._reuse else {}
@@ -158,7 +158,7 @@ class Prefetcher:
         # A daemon, so that a process that is killed elsewhere does not wait for it.
         self._thread = threading.Thread(
             target=_produce,
-            args=(self.sampler, range(step, max(self.stop, step + 1))),
+            args=(self.sampler, range(step, self._end)),
             kwargs={"free": self._free, "ready": self._ready, "closed": self._closed},
             name="prefetch",
             daemon=True,
