@@ -27,16 +27,27 @@ from .reference_rssm import RSSMWeights
 aten = torch.ops.aten
 
 
-def _add_product(add: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """`add + x weightᵀ`, float32; the product in the dtype of the weight."""
-    if weight.dtype == add.dtype:
-        return torch.addmm(add, x, weight.t(), out=out)
-    return torch.add(add, F.linear(x.to(weight.dtype), weight), out=out)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x weightᵀ + bias`, float32; the product in the dtype of the weight."""
+    if weight.dtype == bias.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(weight.dtype), weight) + bias
+
+
+def _accumulate(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`total + x weight`, in place; the product in the dtype of the weight."""
+    if weight.dtype == total.dtype:
+        return total.addmm_(x, weight)
+    return total.add_(x.to(weight.dtype) @ weight)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight`, float32; in the dtype of the weight."""
     return (x.to(weight.dtype) @ weight).float()
+
+
+def _in_time(last_first: list[Tensor]) -> Tensor:
+    return torch.stack(last_first[::-1])
 
 
 class _Norm:
@@ -46,21 +57,21 @@ class _Norm:
     def __init__(self, y: Tensor, b: Tensor, gain: Tensor, shift: Tensor, eps: float) -> None:
         self.y, self.b, self.affine, self.size = y, b, (gain, shift), [y.shape[-1]]
         _, self.mean, self.rstd = torch.native_layer_norm(y, self.size, gain, shift, eps)
-        self.grad = torch.empty_like(y)  # of LN(y)
+        self.grads: list[Tensor] = []  # of LN(y), the last frame first
 
     def frame(self, t: int, d_b: Tensor) -> Tensor:
-        """Gradient `[B, U]` of frame t of b -> of y."""
-        self.grad[t] = aten.elu_backward(d_b, 1.0, 1.0, 1.0, True, self.b[t])
+        """Gradient `[B, U]` of frame t of b -> of y; to be called from the last frame on."""
+        self.grads.append(aten.elu_backward(d_b, 1.0, 1.0, 1.0, True, self.b[t]))
         moments = (self.mean[t], self.rstd[t])
         return aten.native_layer_norm_backward(
-            self.grad[t], self.y[t], self.size, *moments, *self.affine, [True, False, False]
+            self.grads[-1], self.y[t], self.size, *moments, *self.affine, [True, False, False]
         )[0]
 
     def affine_grads(self) -> tuple[Tensor, Tensor]:
         """Gradients of gain and shift."""
-        moments = (self.mean, self.rstd)
+        grad, moments = _in_time(self.grads), (self.mean, self.rstd)
         return aten.native_layer_norm_backward(
-            self.grad, self.y, self.size, *moments, *self.affine, [False, True, True]
+            grad, self.y, self.size, *moments, *self.affine, [False, True, True]
         )[1:]
 
 
@@ -92,28 +103,23 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = [w.to(dtype) for w in (cell_z, w_ih, w_hh, head_h, out)]
         table, wide_i, wide_h, head, last = weights
-        (frames, batch, width), gates = embed.shape, b_ih.shape[0]
         none = torch.zeros_like(cell_gain)  # the kernel's bias is in the projections already
-        x, a, y, b = (embed.new_empty(frames, batch, width) for _ in range(4))
-        gi, gh = (embed.new_empty(frames, batch, gates) for _ in range(2))
-        logits = embed.new_empty(frames, batch, len(out))
-        h, z, hs, zs = h0, z0, [], []
-        for t in range(frames):
+        h, z, x, y = h0, z0, action.clone(), embed.clone()
+        frames = []
+        for t in range(len(x)):
             m = keep[t][:, None]
             h, z = h * m, z * m
-            _add_product(action[t], z, table, x[t])
-            a[t] = onehot_ln_elu(none, cell_gain, cell_shift, x=x[t], eps=eps, backend="triton")
-            _add_product(b_ih, a[t], wide_i, gi[t])
-            _add_product(b_hh, h, wide_h, gh[t])
-            h = torch.ops.diwa.gru_gates_fwd_triton.default(gi[t], gh[t], h)
-            _add_product(embed[t], h, head, y[t])
-            b[t] = onehot_ln_elu(none, head_gain, head_shift, x=y[t], eps=eps, backend="triton")
-            _add_product(out_bias, b[t], last, logits[t])
-            grouped = logits[t].unflatten(-1, (uniform.shape[2], -1))
+            _accumulate(x[t], z, table.t())
+            a = onehot_ln_elu(none, cell_gain, cell_shift, x=x[t], eps=eps, backend="triton")
+            gi, gh = _linear(a, wide_i, b_ih), _linear(h, wide_h, b_hh)
+            h = torch.ops.diwa.gru_gates_fwd_triton.default(gi, gh, h)
+            _accumulate(y[t], h, head.t())
+            b = onehot_ln_elu(none, head_gain, head_shift, x=y[t], eps=eps, backend="triton")
+            logits = _linear(b, last, out_bias)
+            grouped = logits.unflatten(-1, (uniform.shape[2], -1))
             z = torch.ops.diwa.onehot_st_fwd_triton.default(grouped, uniform[t], unimix).flatten(1)
-            hs.append(h)
-            zs.append(z)
-        h, z = torch.stack(hs), torch.stack(zs)
+            frames.append((h, z, logits, a, gi, gh, b))
+        h, z, logits, a, gi, gh, b = (torch.stack(f) for f in zip(*frames, strict=True))
         norms = (cell_gain, cell_shift, head_gain, head_shift)
         ctx.save_for_backward(keep, h0, z0, h, z, logits, x, a, gi, gh, y, b, *norms, *weights)
         ctx.options = (uniform.shape[2], unimix, eps)
@@ -134,22 +140,23 @@ class _Scan(torch.autograd.Function):
             torch.cat([first[None], later[:-1]]) * keep[..., None]
             for first, later in ((h0, h), (z0, z))
         )
-        d_x, d_y, d_logits = torch.empty_like(x), torch.empty_like(y), torch.empty_like(logits)
-        d_gi, d_gh = torch.empty_like(gi), torch.empty_like(gh)
         d_h, d_z = torch.zeros_like(h0), torch.zeros_like(z0)
+        frames = []
         for t in reversed(range(len(x))):
             m, grouped = keep[t][:, None], logits[t].unflatten(-1, (groups, -1))
             d_z = (g_z[t] + d_z).view_as(grouped)
             through = torch.ops.diwa.onehot_st_bwd_triton.default(d_z, grouped, unimix)
-            torch.add(g_logits[t], through.flatten(1), out=d_logits[t])
-            d_y[t] = head_norm.frame(t, _product(d_logits[t], last))
-            d_h = g_h[t] + _add_product(d_h, d_y[t], head.t())
-            d_gi[t], d_gh[t], d_h = torch.ops.diwa.gru_gates_bwd_triton.default(
+            d_o = g_logits[t] + through.flatten(1)
+            d_v = head_norm.frame(t, _product(d_o, last))
+            d_h = _accumulate(g_h[t] + d_h, d_v, head)
+            d_i, d_j, d_h = torch.ops.diwa.gru_gates_bwd_triton.default(
                 d_h, gi[t], gh[t], h_before[t]
             )
-            d_h = _add_product(d_h, d_gh[t], wide_h.t()) * m
-            d_x[t] = cell_norm.frame(t, _product(d_gi[t], wide_i))
-            d_z = _product(d_x[t], table) * m
+            d_h = _accumulate(d_h, d_j, wide_h) * m
+            d_u = cell_norm.frame(t, _product(d_i, wide_i))
+            d_z = _product(d_u, table) * m
+            frames.append((d_u, d_i, d_j, d_v, d_o))
+        d_x, d_gi, d_gh, d_y, d_logits = (_in_time(list(f)) for f in zip(*frames, strict=True))
 
         def gradient(d: Tensor, value: Tensor) -> Tensor:
             return d.flatten(0, 1).t() @ value.flatten(0, 1)
