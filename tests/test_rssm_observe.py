@@ -9,6 +9,8 @@ from diwa.nn.rssm import RSSM, RSSMState
 from diwa.ops import BackendError, RSSMWeights, rssm_observe, use_backend
 
 CPU = [case for case in variants() if case.id.startswith("cpu")]
+TRITON = [case for case in variants() if case.id.startswith("triton")]
+each_scan = pytest.mark.parametrize("variant, dtype", CPU + TRITON, indirect=["variant"])
 each_isa = pytest.mark.parametrize("variant, dtype", CPU, indirect=["variant"])
 # T, B, E, A, H, U, S, C: odd widths, more rows than one tile, one class, one group
 SHAPES = [
@@ -20,8 +22,23 @@ SHAPES = [
 INPUTS = ("embed", "action", "h", "z")
 
 
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """New tensors are where the variant runs: on a GPU, where there is one."""
+    on = request.getfixturevalue("variant").device if "variant" in request.fixturenames else "cpu"
+    with torch.device(on):
+        yield
+
+
 def arguments(T=4, B=3, E=5, A=2, H=7, U=9, S=3, C=5):
-    """Weights, then embed, action, reset, h, z, uniform."""
+    """Weights, then embed, action, reset, h, z, uniform; the same numbers on every device."""
+    with torch.device("cpu"):
+        w, given = _numbers(T, B, E, A, H, U, S, C)
+    here = torch.get_default_device()
+    return RSSMWeights(*(t.to(here) for t in w)), [t.to(here) for t in given]
+
+
+def _numbers(T, B, E, A, H, U, S, C):
     shapes = [(U, S * C), (U,), (U, A), (U,), (U,), (3 * H, U), (3 * H, H), (3 * H,), (3 * H,)]
     shapes += [(U, H), (U,), (U,), (U,), (S * C, U), (S * C,), (U, E)]
     w = [torch.randn(s) * (s[-1] ** -0.5 if len(s) > 1 else 0.5) for s in shapes]
@@ -65,20 +82,20 @@ def compare(w, given, backend, **kwargs):
         assert_accurate(name, actual[name], eager[name], exact[name])
 
 
-@each_isa
+@each_scan
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_results_and_gradients(variant, dtype, shape):
     compare(*arguments(*shape), variant.backend)
 
 
-@each_isa
+@each_scan
 def test_long_scan_with_unimix_and_a_carried_state_that_is_no_onehot(variant, dtype):
     w, given = arguments(T=20, B=5, H=40, U=24, S=4, C=6)
     given[4] = torch.randn_like(given[4])
     compare(w, given, variant.backend, unimix=0.1, eps=1e-2)
 
 
-@each_isa
+@each_scan
 def test_non_contiguous_arguments(variant, dtype):
     w, given = arguments()
     given = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in given]
@@ -103,7 +120,7 @@ def test_reference_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(scan, leaves)
 
 
-@each_isa
+@each_scan
 def test_gradient_flows_through_the_samples(variant, dtype):
     """Only z of the last frame is judged, and the first embedding still matters."""
     w, given = arguments(T=3)
@@ -114,7 +131,7 @@ def test_gradient_flows_through_the_samples(variant, dtype):
     assert grad.abs().amax((1, 2)).min() > 0
 
 
-@each_isa
+@each_scan
 def test_without_gradient_the_same(variant, dtype):
     w, given = arguments(B=9)
     leaf = RSSMWeights(*(t.clone().requires_grad_() for t in w))
@@ -125,22 +142,22 @@ def test_without_gradient_the_same(variant, dtype):
     assert all(torch.equal(a, b) for a, b in zip(with_grad, without, strict=True))
 
 
-@each_isa
+@each_scan
 def test_bfloat16_is_as_close_as_rounding(variant, dtype):
     """Weights and activations keep 8 bits: 2^-9 of each term, some of which add up."""
-    w, given = arguments(T=3, B=6, E=8, A=3, H=41, U=37, S=3, C=7)
+    torch.manual_seed(527)  # no uniform is nearer than 0.019 to an edge, so all samples are equal
+    w, given = arguments(T=3, B=3, E=8, A=3, H=41, U=37, S=3, C=7)
     grads = gradients(given, w, 3)
     near = run(w, given, grads, backend=variant.backend, dtype=torch.bfloat16)
     right = run(w, given, grads, backend="reference")
-    if not torch.equal(near["out z"], right["out z"]):
-        pytest.fail("a sample moved: choose another seed, this test compares equal samples")
+    assert torch.equal(near["out z"], right["out z"])
     for name in right:
         error = (near[name] - right[name]).norm() / right[name].norm().clamp(min=1e-9)
         assert 0 <= error < 0.03, f"{name}: {error}"
     assert not torch.equal(near["out h"], right["out h"])
 
 
-@each_isa
+@each_scan
 @pytest.mark.parametrize("where", [0, 1, 3, 4], ids=INPUTS)
 def test_nan_comes_out(variant, dtype, where):
     w, given = arguments(T=3, B=4)
@@ -155,7 +172,7 @@ def test_nan_comes_out(variant, dtype, where):
         assert torch.equal(actual[name].isnan(), right[name].isnan()), name
 
 
-@each_isa
+@each_scan
 def test_empty(variant, dtype):
     w, given = arguments(T=2, B=0)
     grads = gradients(given, w, 3)
@@ -166,7 +183,7 @@ def test_empty(variant, dtype):
     assert [t.shape for t in out] == [(0, 3, 7), (0, 3, 15), (0, 3, 3, 5)]
 
 
-@each_isa
+@each_scan
 def test_deterministic_and_rows_are_independent(variant, dtype):
     w, given = arguments(B=70, H=20, U=18)
     once, again = (rssm_observe(w, *given, backend=variant.backend) for _ in range(2))

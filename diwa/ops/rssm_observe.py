@@ -3,7 +3,7 @@
 Whatever does not depend on the state before is one GEMM over all frames: the projections of
 embeddings and actions and, in the backward pass, the gradient of every weight. The rest is one
 native call each way (csrc/cpu/rssm_observe.cpp) on weights packed once per sequence; a one-hot z
-times its weight is a sum of S rows. Equations: reference_rssm.py.
+times its weight is a sum of S rows. On a GPU: rssm_observe_gpu.py. Equations: reference_rssm.py.
 """
 
 from typing import Any
@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference_rssm, registry
+from . import reference_rssm, registry, rssm_observe_gpu
+from .onehot_ln_elu import MAX_WIDTH
 from .packing import pack_weight
 from .reference_rssm import RSSMWeights
+from .rssm_triton import MAX_CLASSES
 from .weights import check_rssm
 
 registry.declare(
     "rssm_observe",
     registry.native("cpu", "rssm_observe_fwd"),  # csrc/cpu/rssm_observe.cpp
+    registry.triton("gru_gates", (torch.float32,)),  # diwa/ops/rssm_observe_gpu.py
     registry.reference(),  # diwa/ops/reference_rssm.py
 )
 
@@ -207,14 +210,23 @@ def _check(
             raise TypeError(f"rssm_observe: {name} must be floating point, got {tensor.dtype}")
 
 
-def _unfit(tensors: tuple[Tensor, ...], reset: Tensor, uniform: Tensor) -> str:
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "takes float32 arguments only"
-    if torch.is_autocast_enabled("cpu"):
-        return "does not run under autocast"
-    if reset.requires_grad or uniform.requires_grad:
-        return "has no gradient of reset or uniform"
-    return ""
+def _unfit(
+    w: RSSMWeights, given: tuple[Tensor, ...], reset: Tensor, uniform: Tensor
+) -> dict[str, str]:
+    """Backends that cannot take these arguments -> why."""
+    why = ""
+    if any(t is not None and t.dtype != torch.float32 for t in (*given, *w)):
+        why = "takes float32 arguments only"
+    elif torch.is_autocast_enabled(uniform.device.type):
+        why = "does not run under autocast"
+    elif reset.requires_grad or uniform.requires_grad:
+        why = "has no gradient of reset or uniform"
+    kernels, groups = why, uniform.shape[2]
+    if len(w.cell_gain) > MAX_WIDTH:
+        kernels = kernels or f"a layer of {len(w.cell_gain)} exceeds {MAX_WIDTH}"
+    if len(w.out) // groups > MAX_CLASSES:
+        kernels = kernels or f"{len(w.out) // groups} classes exceed {MAX_CLASSES}"
+    return {"cpu": why, "triton": kernels}
 
 
 def rssm_observe(
@@ -241,10 +253,11 @@ def rssm_observe(
         uniform: `[T, B, S]` in [0, 1), the randomness of the samples.
         unimix: share of the uniform distribution in every sampled categorical.
         eps: of the layer norms.
-        dtype: bfloat16 rounds weights and activations of the native scan's own GEMMs, which sum
-            in float32; the projections and the gradients of the weights stay float32. The
-            reference, which takes the dtype of its arguments, ignores it.
-        backend: `"auto"`, `"reference"` or `"cpu"` (float32 arguments, outside autocast).
+        dtype: bfloat16 rounds weights and activations of the GEMMs inside the scan, which sum in
+            float32; the projections and the gradients of the weights stay float32. The reference,
+            which takes the dtype of its arguments, ignores it.
+        backend: `"auto"`, `"reference"`, or `"cpu"` or `"triton"` (float32 arguments, outside
+            autocast).
     Returns:
         h `[T, B, H]`, z `[T, B, Z]` and logits `[T, B, S, C]`.
     Raises:
@@ -258,11 +271,11 @@ def rssm_observe(
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"rssm_observe: dtype must be float32 or bfloat16, got {dtype}")
     given = (embed, action, reset, h, z, uniform)
-    unfit = _unfit((*given, *(t for t in w if t is not None)), reset, uniform)
-    if registry.choose("rssm_observe", h, backend, {"cpu": unfit}) == "reference" or not len(embed):
-        return reference_rssm.rssm_observe(
-            w, embed, action, reset, h, z, uniform, unimix=unimix, eps=eps
-        )
+    chosen = registry.choose("rssm_observe", h, backend, _unfit(w, given, reset, uniform))
+    if chosen == "reference" or not embed.shape[0] * embed.shape[1]:
+        return reference_rssm.rssm_observe(w, *given, unimix=unimix, eps=eps)
+    if chosen == "triton":
+        return rssm_observe_gpu.observe(w, *given, unimix=unimix, eps=eps, dtype=dtype)
     inputs = (
         F.linear(embed, w.head_e, w.head_bias),  # type: ignore[arg-type]
         F.linear(action, w.cell_a, w.cell_bias),
