@@ -60,6 +60,9 @@ FUNCTIONS = {
 ONLINE = "diwa.phases.online:finetune_online"
 """The baseline that `diwa finetune --online` runs, which is no phase of a run."""
 
+PARALLEL = ("world-model",)
+"""Commands that `torchrun` may start in several processes."""
+
 TOOLS = {
     "compare": "diwa.compare:main",
     "bench": "diwa.bench:main",
@@ -266,13 +269,23 @@ def check(config: Config, source: str = "settings") -> None:
 
 
 def _run(command: str, options: Options) -> int:
+    from . import parallel
+
+    if options.online and command != "finetune":
+        raise DiwaError("--online belongs to `diwa finetune`")
+    if parallel.launched() and (options.online or command not in PARALLEL):
+        raise DiwaError(
+            f"`diwa {command}{' --online' if options.online else ''}` is one process, start it "
+            f"without torchrun; several are for {', '.join(PARALLEL)}"
+        )
+    with parallel.session(options.settings.device):
+        return _run_online(options) if options.online else _run_phases(command, options)
+
+
+def _run_phases(command: str, options: Options) -> int:
     from . import run as runs
 
     names = list(FUNCTIONS) if command == "run" else [command.replace("-", "_")]
-    if options.online:
-        if command != "finetune":
-            raise DiwaError("--online belongs to `diwa finetune`")
-        return _run_online(options)
     run = open_run(options, names[0])
     try:
         if command == "report":
@@ -329,6 +342,19 @@ def open_run(options: Options, first_phase: str) -> RunFolder:
     """
     import torch
 
+    from . import parallel
+    from . import run as runs
+
+    config = options.settings
+    parallel.on_main(lambda: _prepare(options, first_phase))
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    return runs.RunFolder(_run_path(options), config)
+
+
+def _prepare(options: Options, first_phase: str) -> None:
+    """Check what a run folder is to be used for, and make room in it."""
+    import torch
+
     from . import run as runs
 
     config, path = options.settings, _run_path(options)
@@ -346,8 +372,6 @@ def open_run(options: Options, first_phase: str) -> RunFolder:
         (path / "config.json").unlink()
         if phases == list(FUNCTIONS):
             (path / "versions.json").unlink(missing_ok=True)
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    return runs.RunFolder(path, config)
 
 
 def _check_overwrite(path: Path, changed: dict[str, tuple[Any, Any]], phases: list[str]) -> None:

@@ -72,6 +72,9 @@ class WorldModelConfig:
     """AdamW epsilon."""
     grad_clip: float = 100.0
     """Largest norm of the (unscaled) gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products multiply in training; sums, norms, samples, losses and the weights that
+    the optimizer keeps are float32. On a GPU float32 products are TF32."""
     kl_weight: float = 0.3
     """Weight of the balanced KL."""
     kl_balance: float = 0.8

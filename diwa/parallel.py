@@ -37,6 +37,11 @@ def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def launched() -> bool:
+    """Whether `torchrun` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 def rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if _joined() else 0
@@ -65,7 +70,7 @@ def session(device: str = "cpu") -> Iterator[str]:
     Raises:
         RunError: fewer GPUs than processes on this machine, or a `device` with a number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or _joined():
+    if not launched() or _joined():
         yield device
         return
     backend, mine = "gloo", device
@@ -87,7 +92,7 @@ def _own_gpu(device: str) -> str:
     if local >= count:
         raise RunError(
             f"process {local} of this machine has no GPU of its own, there are {count}; "
-            f"start {count} processes (`torchrun --nproc-per-node {count}`) or use --device cpu"
+            f"start at most that many (`torchrun --nproc-per-node`) or use --device cpu"
         )
     return f"cuda:{local}"
 
@@ -120,8 +125,12 @@ def on_main(function: Callable[[], object]) -> None:
         raise RunError("stopped, because process 0 has: its own message says why")
 
 
-def share(size: int) -> slice:
+def share(size: int, name: str = "the number of rows") -> slice:
     """The part of `size` rows that belongs to this process: equal, consecutive parts in rank order.
+
+    Args:
+        size: rows of all processes together.
+        name: what an error calls `size`, such as the setting that it comes from.
 
     Raises:
         RunError: the number of processes does not divide `size`.
@@ -129,7 +138,7 @@ def share(size: int) -> slice:
     count = world_size()
     if size % count:
         raise RunError(
-            f"{size} rows cannot be divided equally among {count} processes; "
+            f"{name} is {size}, which {count} processes cannot divide equally; "
             f"choose a multiple of {count}, or another number of processes"
         )
     part = size // count

@@ -7,6 +7,9 @@ A run folder holds everything about one run:
 
 The same command continues an interrupted run: a phase with a `result.json` is done, one with a
 `training_state/` goes on from there, and gives the same numbers as if it had never stopped.
+
+Of several processes (`parallel`) the main one writes and shows progress; the others make the same
+calls, wait where they have to, and read what it wrote.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .config import Config, from_dict, to_dict
 from .errors import RunError
 from .info import versions
@@ -51,9 +54,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, config: Config, *, quiet: bool = False) -> None:
-        self.path, self.config, self.quiet = Path(path), config, quiet
+        self.path, self.config = Path(path), config
+        self.quiet = quiet or not parallel.is_main()
         self._metrics: TextIO | None = None
-        saved = saved_config(self.path)
+        parallel.on_main(self._make)
+
+    def _make(self) -> None:
+        config, saved = self.config, saved_config(self.path)
         if saved is not None:
             _check_same(self.path, saved, to_dict(config))
         elif self.path.exists() and not self.path.is_dir():
@@ -155,11 +162,14 @@ class Phase:
                 spent = clock(self.result.get("seconds", 0))
                 print(f"{self.name}  done before, in {spent}", file=sys.stderr)
             return self
+        parallel.on_main(self._open)
+        return self
+
+    def _open(self) -> None:
         self.run.note_versions()
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._sweep()
-        return self
 
     def __exit__(self, *_: object) -> None:
         finished = (self.dir / "result.json").exists()
@@ -168,7 +178,7 @@ class Phase:
         if self._writer is not None:
             self._writer.close()
         self.run.close()
-        if not self.done:
+        if not self.done and parallel.is_main():
             self._sweep()
             os.close(self._lock_fd)
             (self.dir / ".lock").unlink(missing_ok=True)
@@ -222,7 +232,7 @@ class Phase:
                 state["extra"],
             )
             self._progress.message(f"{self.name}  resumes at step {self.start}/{self.total}")
-        self._truncate()
+        parallel.on_main(self._truncate)  # also: nobody goes on before all have read the checkpoint
         return extra
 
     def _truncate(self) -> None:
@@ -231,6 +241,8 @@ class Phase:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of step `step`, counted from 0: JSONL, TensorBoard, progress.
+
+        Of several processes the main one's are logged.
 
         Raises:
             RunError: a metric is NaN or infinite; names it and the step.
@@ -243,6 +255,8 @@ class Phase:
                     f"lower the learning rate (`diwa {self.name.replace('_', '-')} --help`); "
                     "what was done until the last checkpoint is kept."
                 )
+        if not parallel.is_main():
+            return
         if not self._truncated:
             self._truncate()
         row = {"phase": self.name, "step": step, "time": round(time.time(), 3), **values}
@@ -264,24 +278,33 @@ class Phase:
         generators: Generators,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save the state after `step` steps are done, atomically.
+        """Save the state after `step` steps are done, atomically; of the main process.
 
         Args:
             modules: name -> module, optimizer or anything else with a `state_dict`.
             generators: name -> random generator of torch or NumPy.
             extra: more to be kept: nested dicts and lists of tensors, arrays, numbers, strings.
         """
+        if not parallel.is_main():
+            return
         values = {"step": step, "seconds": self._seconds(), "extra": dict(extra or {})}
         checkpoint.save_training_state(
             self._state_dir, modules=modules, generators=generators, values=values
         )
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `result` with the `seconds` the phase took over all sessions, and return it."""
-        self.result = {**result, "seconds": round(self._seconds(), 3)}
-        checkpoint.write_json(self.dir / "result.json", self.result)
-        shutil.rmtree(self._state_dir, ignore_errors=True)
+        """Write `result` with the `seconds` the phase took over all sessions, and return it.
+
+        Of several processes the main one's is written, and returned in all.
+        """
+        parallel.on_main(lambda: self._finish(result))
+        self.result = self.run.result(self.name)
         return self.result
+
+    def _finish(self, result: Mapping[str, Any]) -> None:
+        values = {**result, "seconds": round(self._seconds(), 3)}
+        checkpoint.write_json(self.dir / "result.json", values)
+        shutil.rmtree(self._state_dir, ignore_errors=True)
 
 
 class _NoWriter:

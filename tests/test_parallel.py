@@ -39,8 +39,8 @@ def _collectives(folder: str) -> None:
         assert called == ([0] if rank == 0 else [])
         parallel.barrier()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        with pytest.raises(RunError, match="7 rows .* 2 processes"):
-            parallel.share(7)
+        with pytest.raises(RunError, match="dreams is 7.* 2 processes"):
+            parallel.share(7, "dreams")
         result = {"mean": mean, "joined": joined, "own": own, "gradients": gradients}
         result |= {"rows": (rows.start, rows.stop), "weights": model.state_dict()}
         torch.save(result, f"{folder}/{rank}.pt")

@@ -57,20 +57,29 @@ class Column:
         """Type of the elements."""
         return self.array.dtype
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray:
+    def read(self, rows: NDArray[np.int64], out: NDArray | None = None) -> NDArray:
         """Copies of rows `[T, ...]` of row numbers -> `[T, ..., *shape]`.
 
         Rows that follow each other along the first axis are copied as one piece, as the streams of
         `StreamSampler` ask for them.
 
+        Args:
+            rows: row numbers, int64.
+            out: contiguous array of the result's shape and dtype to be filled and returned.
+
         Raises:
             IndexError: a row number outside [0, n).
+            ValueError: `out` is of another shape or dtype.
         """
         rows = np.asarray(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self.array)):
             span = f"{rows.min()} to {rows.max()} of {len(self.array)}"
             raise IndexError(f"{self.file}: rows {span}")
-        out = np.empty((*rows.shape, *self.array.shape[1:]), self.array.dtype)
+        shape = (*rows.shape, *self.array.shape[1:])
+        if out is None:
+            out = np.empty(shape, self.array.dtype)
+        elif (out.shape, out.dtype) != (shape, self.array.dtype) or not out.flags.c_contiguous:
+            raise ValueError(f"{self.file}: out is {out.dtype} {out.shape}, {shape} wanted")
         if not rows.size:
             return out
         by_stream = rows.reshape(len(rows), int(np.prod(rows.shape[1:])))

@@ -35,6 +35,8 @@ class StreamSampler:
         device: of the whole data set, which is kept there.
         streamed: columns of the store that do not fit in memory, such as frames; read per batch.
         rows: row of the store of every frame of the episodes, `[frames]`, for `streamed`.
+        streams: the streams that `batch` returns, all by default; with `parallel.share(B)` the
+            processes get the parts of the same batch.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class StreamSampler:
         device: str | torch.device = "cpu",
         streamed: Mapping[str, Column] | None = None,
         rows: np.ndarray | None = None,
+        streams: slice = slice(None),
     ) -> None:
         self.columns = {k: torch.cat(list(v)).to(device) for k, v in columns.items()}
         led = [torch.from_numpy(previous_actions(a)) for a in actions]
@@ -59,7 +62,7 @@ class StreamSampler:
         self.first = torch.cat(first).to(device)
         self.frames = len(self.first)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.reset_prob, self.device = reset_prob, device
+        self.reset_prob, self.device, self.streams = reset_prob, device, streams
         self.streamed = dict(streamed or {})
         self.rows = np.zeros(0, np.int64) if rows is None else rows
         if self.streamed and len(self.rows) != self.frames:
@@ -70,25 +73,39 @@ class StreamSampler:
         """Whether the carried state must be dropped before this batch."""
         return step % self.steps_per_epoch == 0
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Batch of gradient step `step`: columns and `action` `[T, B, ...]`, `reset [T, B]`."""
+    def batch(self, step: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Batch of gradient step `step`: columns and `action` `[T, B, ...]`, `reset [T, B]`.
+
+        Streamed columns keep the dtype of the store, uint8 for pictures `[T, B, h, w, 3]`. B is the
+        number of `streams`.
+
+        Args:
+            step: from 0.
+            out: CPU tensors of an earlier batch, such as pinned ones, to be filled and returned;
+                only where `device` is the CPU.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         offset = np.random.default_rng((self.seed, epoch)).integers(self.frames)
         stream = np.arange(self.batch_size) * (self.frames / self.batch_size)
         time = within * self.seq_len + np.arange(self.seq_len)
         index = (offset + time[:, None] + stream[None].astype(np.int64)) % self.frames
         extra = np.random.default_rng((self.seed, epoch, within)).random(index.shape)
+        index = np.ascontiguousarray(index[:, self.streams])
         idx = torch.from_numpy(index).to(self.device)
-        out = {k: v[idx] for k, v in self.columns.items()}
-        for name, column in self.streamed.items():
-            out[name] = torch.from_numpy(column.read(self.rows[index])).to(self.device)
-        out["action"] = self.action[idx]
+        made = {k: v[idx] for k, v in self.columns.items()}
+        made["action"] = self.action[idx]
         random_reset = torch.from_numpy((extra < self.reset_prob).astype(np.float32))
-        reset = torch.maximum(self.first[idx], random_reset.to(self.device))
+        random_reset = random_reset[:, self.streams].to(self.device)
+        made["reset"] = torch.maximum(self.first[idx], random_reset)
         if self.new_epoch(step):
-            reset[0] = 1.0
-        out["reset"] = reset
-        return out
+            made["reset"][0] = 1.0
+        if out is not None:
+            made = {k: out[k].copy_(v) for k, v in made.items()}
+        for name, column in self.streamed.items():
+            place = None if out is None else out[name].numpy()
+            frames = torch.from_numpy(column.read(self.rows[index], place))
+            made[name] = frames.to(self.device) if out is None else out[name]
+        return made
 
 
 def store_rows(starts: np.ndarray, lengths: np.ndarray, episodes: Sequence[int]) -> np.ndarray:

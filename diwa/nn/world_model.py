@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,11 @@ class WorldModel(nn.Module):
             *shape, self.rssm.stoch_groups, generator=generator, device=generator.device
         ).to(device)
 
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.codec.mean.device.type, torch.bfloat16)
+
     def loss(
         self,
         obs: dict[str, Tensor],
@@ -78,6 +84,8 @@ class WorldModel(nn.Module):
     ) -> WorldModelLoss:
         """Reconstruction plus balanced KL of one batch of streams, averaged over T and B.
 
+        Matrix products are those of `config.precision`.
+
         Args:
             obs: columns `[T, B, ...]`.
             action: `[T, B, A]` that led to each frame.
@@ -85,10 +93,18 @@ class WorldModel(nn.Module):
             state: carried state of B streams.
             uniform: `[T, B, S]`.
         """
-        post = self.rssm.observe(self.encoder(obs), action, reset, state, uniform)
+        with self._autocast():
+            embed = self.encoder(obs)
+        # Outside of autocast: the scan itself rounds what it multiplies and keeps h in float32.
+        dtype = getattr(torch, self.config.precision)
+        post = self.rssm.observe(
+            embed.to(state.h.dtype), action, reset, state, uniform, dtype=dtype
+        )
         feature = torch.cat([post.h, post.z], dim=-1)
-        reconstruction = self.decoder.loss(feature, obs, self.column_weight).mean()
-        prior = self.rssm.prior_logits(post.h)
+        with self._autocast():
+            reconstruction = self.decoder.loss(feature, obs, self.column_weight).mean()
+            prior = self.rssm.prior_logits(post.h)
+        prior = prior.to(post.logits.dtype)
         kl_loss, kl = balanced_kl(post.logits, prior, self.config.kl_balance)
         total = self.config.state_weight * reconstruction + self.config.kl_weight * kl_loss.mean()
         carried = RSSMState(post.h[-1].detach(), post.z[-1].detach())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diwa import parallel
 from diwa.agent import (
     load_world_model,
     save_world_model,
@@ -16,6 +18,7 @@ from diwa.agent import (
     world_model_folder,
 )
 from diwa.config import Config, WorldModelConfig
+from diwa.data.prefetch import Prefetcher
 from diwa.data.sampler import StreamSampler, split_episodes
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import RunError, StoreError
@@ -56,12 +59,21 @@ def _start_from(model: WorldModel, run_path: Path) -> None:
 
 
 class Trainer:
-    """World model, optimizer and data of one training, with a step that can be a CUDA graph."""
+    """World model, optimizer and data of one training; its steps are CUDA graphs where they can be.
+
+    Of several processes each trains its share of the streams of the same batch, with the same
+    uniforms, and the gradients are averaged: the step of one process, up to the order of sums. The
+    average is taken between two graphs, which therefore hold no communication.
+
+    Raises:
+        RunError: the number of processes does not divide the batch size.
+    """
 
     def __init__(
         self, config: WorldModelConfig, episodes: list[Episode], seed: int, device: str
     ) -> None:
         self.config = config
+        self.streams = parallel.share(config.batch_size, "world_model.batch_size")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = WorldModel(config)
@@ -73,16 +85,17 @@ class Trainer:
             self.model.codec.fit(torch.cat(robot), torch.cat(scene))
         states = [self.model.codec(r, s) for r, s in zip(robot, scene, strict=True)]
         self.model.to(device)
-        self.sampler = StreamSampler(
+        sampler = StreamSampler(
             {"state": states},
             [e.action for e in episodes],
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             seed=seed,
             reset_prob=config.reset_prob,
-            device=device,
+            streams=self.streams,
         )
         cuda = torch.device(device).type == "cuda"
+        self.batches = Prefetcher(sampler, device, stop=config.steps, threaded=cuda)
         torch.backends.cuda.matmul.allow_tf32 = True  # no effect on a CPU
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -92,10 +105,11 @@ class Trainer:
             capturable=cuda,
         )
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.carried = self.model.rssm.initial(config.batch_size)
-        self._step = GraphedStep(self._train_step, device)
+        self.carried = self.model.rssm.initial(self.streams.stop - self.streams.start)
+        self._gradients = GraphedStep(self._backward, device)
+        self._update = GraphedStep(self._descend, device)
 
-    def _train_step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _backward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = self.model.loss(
             {"state": inputs["state"]},
             inputs["action"],
@@ -105,19 +119,21 @@ class Trainer:
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
         return {
             "loss": loss.total.detach(),
             "reconstruction": loss.reconstruction,
             "kl": loss.kl,
-            "grad_norm": norm,
             "h": loss.state.h,
             "z": loss.state.z,
         }
 
+    def _descend(self, _: dict[str, Tensor]) -> dict[str, Tensor]:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        return {"grad_norm": norm}
+
     def step(self, step: int) -> dict[str, Tensor]:
-        """Gradient step number `step`; returns its scalars."""
+        """Gradient step number `step`; returns its scalars, of this process's streams."""
         c = self.config
         rate = learning_rate(step, c)
         for group in self.optimizer.param_groups:
@@ -125,11 +141,26 @@ class Trainer:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        batch = self.sampler.batch(step)
+        batch = self.batches.batch(step)
         uniform = self.model.uniform(c.seq_len, c.batch_size, generator=self.generator)
-        out = self._step({**batch, "uniform": uniform, "h": self.carried.h, "z": self.carried.z})
+        state = {"h": self.carried.h, "z": self.carried.z}
+        out = self._gradients({**batch, "uniform": uniform[:, self.streams].contiguous(), **state})
         self.carried = RSSMState(out.pop("h").clone(), out.pop("z").clone())
-        return out
+        parallel.all_reduce_gradients(self.model.parameters())
+        return out | self._update({})
+
+    def metrics(self, out: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the processes of what `step` returned, and of the share of the time since the
+        last call that was spent waiting for data."""
+        wait = torch.tensor([self.batches.wait_share()])
+        values = torch.cat([torch.stack([v.float() for v in out.values()]).cpu(), wait])
+        return dict(
+            zip([*out, "data_wait"], parallel.all_reduce_mean(values).tolist(), strict=True)
+        )
+
+    def all_streams(self) -> dict[str, Tensor]:
+        """The carried states of the streams of all processes, which checkpoints hold."""
+        return {k: parallel.gather(getattr(self.carried, k)) for k in ("h", "z")}
 
 
 def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Episode], int]:
@@ -149,26 +180,46 @@ def _train(trainer: Trainer, phase: Phase) -> None:
     extra = phase.restore(modules, generators)
     device = trainer.model.codec.mean.device
     if extra:
-        trainer.carried = RSSMState(extra["h"].to(device), extra["z"].to(device))
+        h, z = (extra[k][trainer.streams].to(device) for k in ("h", "z"))
+        trainer.carried = RSSMState(h, z)
         for group in trainer.optimizer.param_groups:  # loaded on the CPU, a graph would freeze it
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].to(device)
+    parallel.broadcast_module(trainer.model)
     total = trainer.config.steps
+    trainer.batches.wait_share()  # counts from here
     for step in range(phase.start, total):
         out = trainer.step(step)
         if step % LOG_EVERY == 0 or step == total - 1:
-            phase.log(step, {f"world_model/{k}": v.item() for k, v in out.items()})
+            metrics = trainer.metrics(out)
+            phase.log(step, {f"world_model/{k}": v for k, v in metrics.items()})
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < total:
-            carried = {"h": trainer.carried.h, "z": trainer.carried.z}
-            phase.checkpoint(step + 1, modules, generators, carried)
+            phase.checkpoint(step + 1, modules, generators, trainer.all_streams())
+
+
+def _conclude(
+    phase: Phase, trainer: Trainer, held: list[Episode], seed: int, device: str
+) -> dict[str, Any]:
+    """Write weights and `dream.npz`; returns the result of the phase."""
+    model = trainer.model.requires_grad_(False).eval()
+    report, dream = open_loop_report(model, held, trainer.config, seed)
+    np.savez(phase.dir / "dream.npz", **dream)
+    save_world_model(phase.dir, model)
+    return {
+        "open_loop": report,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": device_name(device),
+    }
 
 
 def train_world_model(config: Config, run: RunFolder) -> dict:
     """Train on the run's play; writes `world_model/` with weights, result and `dream.npz`.
 
+    In the processes of `torchrun`, called by all of them inside `parallel.session`.
+
     Raises:
         StoreError: no play, or too little of it.
-        RunError: the loss is not finite.
+        RunError: the loss is not finite, or the processes cannot divide the batch equally.
     """
     with run.phase("world_model", config.world_model.steps, "world_model/loss") as phase:
         if phase.result is not None:
@@ -186,17 +237,9 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
         torch.set_num_threads(config.threads)
         train, held, transitions = _load_play(config, run)
         trainer = Trainer(config.world_model, train, config.seed, config.device)
-        _train(trainer, phase)
-        model = trainer.model.requires_grad_(False).eval()
-        report, dream = open_loop_report(model, held, config.world_model, config.seed)
-        np.savez(phase.dir / "dream.npz", **dream)
-        save_world_model(phase.dir, model)
-        parameters = sum(p.numel() for p in model.parameters())
-        return phase.finish(
-            {
-                "open_loop": report,
-                "parameters": parameters,
-                "play_transitions": transitions,
-                "device": device_name(config.device),
-            }
-        )
+        with trainer.batches:
+            _train(trainer, phase)
+        result: dict[str, Any] = {"play_transitions": transitions}
+        arguments = (phase, trainer, held, config.seed, config.device)
+        parallel.on_main(lambda: result.update(_conclude(*arguments)))
+        return phase.finish(result)
