@@ -60,7 +60,7 @@ FUNCTIONS = {
 ONLINE = "diwa.phases.online:finetune_online"
 """The baseline that `diwa finetune --online` runs, which is no phase of a run."""
 
-PARALLEL = ("world-model",)
+PARALLEL = ("world-model", "finetune")
 """Commands that `torchrun` may start in several processes."""
 
 TOOLS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ class Finetuner:
             self.critic = Critic(world_model.feature_dim).to(self.device)
         self.scaler = RewardScaler(c.n_dreams, c.reward_gamma, c.reward_clip).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.dream, self.share = dream, parallel.share(c.n_dreams)
+        self.dream, self.share = dream, parallel.share(c.n_dreams, "finetune.n_dreams")
         self.ppo = PPOUpdate(c, self.actor, self.critic, self.frozen_base, self.generator)
         self._draws = self._buffers()
         on_host = "" if isinstance(dream, Dream) else "the simulator runs on the host"
@@ -276,7 +277,8 @@ def make_dream(
 ) -> Dream:
     """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]`; this
     process's share of `n_dreams`."""
-    c, share = config.finetune, parallel.share(config.finetune.n_dreams)
+    c = config.finetune
+    share = parallel.share(c.n_dreams, "finetune.n_dreams")
     return Dream(
         model,
         success,
@@ -302,8 +304,20 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
     return Finetuner(config, model, base, make_dream(config, model, success, starts))
 
 
+def _try_in_simulator(tuner: Finetuner, config: Config, metrics: dict[str, float]) -> None:
+    """Add the success in the simulator, from validation starts, to what is logged."""
+    from diwa.phases.evaluate import evaluate_agent, task_starts
+
+    c = config.finetune
+    agent = Agent(tuner.world_model, tuner.actor, tuner.base, c.ft_denoising_steps)
+    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
+    metrics["finetune/real_success"] = float(evaluate_agent(agent, config, starts).mean())
+
+
 def finetune(config: Config, run: RunFolder) -> dict:
     """Fine-tune in imagination; writes `finetune/` with the actor's weights.
+
+    In the processes of `torchrun`, called by all of them inside `parallel.session`.
 
     The phase takes no environment step. With `eval_every` > 0 the policy is also tried in the
     simulator now and then, from validation starts, only to report it beside the dream; nothing is
@@ -317,8 +331,6 @@ def finetune(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        from diwa.phases.evaluate import evaluate_agent, task_starts
-
         before = _env_steps()
         tuner = _build(config, run)
         generators = {"dreams": tuner.generator}
@@ -329,10 +341,7 @@ def finetune(config: Config, run: RunFolder) -> dict:
         for i in range(phase.start, c.iterations):
             metrics = tuner.iteration(i)
             if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
-                agent = Agent(tuner.world_model, tuner.actor, tuner.base, c.ft_denoising_steps)
-                starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
-                wins = evaluate_agent(agent, config, starts)
-                metrics["finetune/real_success"] = float(wins.mean())
+                parallel.on_main(partial(_try_in_simulator, tuner, config, metrics))
             phase.log(i, metrics)
             if (i + 1) % CHECKPOINT_EVERY == 0 and i + 1 < c.iterations:
                 extra = {"imagined_start": start_success}
@@ -341,7 +350,8 @@ def finetune(config: Config, run: RunFolder) -> dict:
         steps = _env_steps() - before
         if steps:
             raise RunError(f"fine-tuning took {steps} environment steps; it must take none")
-        save_policy(phase.dir, tuner.actor.requires_grad_(False), c.ft_denoising_steps)
+        actor = tuner.actor.requires_grad_(False)
+        parallel.on_main(partial(save_policy, phase.dir, actor, c.ft_denoising_steps))
         return phase.finish(
             {
                 "imagined_start": start_success,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diwa import parallel
 from diwa.config import FinetuneConfig
-from diwa.graph import GraphedStep
+from diwa.graph import GraphedStep, Step
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.frozen import FrozenPolicy
 from diwa.nn.heads import Critic
@@ -69,17 +69,27 @@ class PPOUpdate:
         if self.gated:  # read by the fused kernel: 1 skips a step, as under a gradient scaler
             self.actor_optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
             self.critic_optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
-        several = "its gradients travel between processes" if parallel.world_size() > 1 else ""
-        self._steps = {
-            train_actor: GraphedStep(
-                partial(self._step, train_actor=train_actor),
-                self.device,
-                writes=weights[0] + weights[1],
-                name="update" if train_actor else "critic's warm-up",
-                refusal=several,
+        self._steps = {train_actor: self._graphs(train_actor) for train_actor in (False, True)}
+
+    def _graphs(self, train_actor: bool) -> Step:
+        """The step on a minibatch: one graph, or two with the sums over the processes between."""
+        backward = partial(self._backward, train_actor=train_actor)
+        descend = partial(self._descend, train_actor=train_actor)
+        weights = [*self.actor.parameters(), *self.critic.parameters()]
+        name = "update" if train_actor else "critic's warm-up"
+        if parallel.world_size() == 1:
+            return GraphedStep(
+                lambda batch: descend(backward(batch)), self.device, writes=weights, name=name
             )
-            for train_actor in (False, True)
-        }
+        first = GraphedStep(backward, self.device, name=f"gradients of the {name}")
+        second = GraphedStep(descend, self.device, writes=weights, name=name)
+
+        def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            metrics = first(batch)["metrics"]
+            parallel.all_reduce_gradients(weights)
+            return second({"metrics": parallel.all_reduce_mean(metrics)})
+
+        return step
 
     def run(self, data: Mapping[str, Tensor], train_actor: bool) -> dict[str, Tensor]:
         """All epochs; they stop after one whose KL exceeds `target_kl`.
@@ -117,13 +127,13 @@ class PPOUpdate:
         self, data: Mapping[str, Tensor], index: Tensor, train_actor: bool
     ) -> dict[str, Tensor]:
         """This process's share of the rows `index`, and the noise of the cloning term."""
-        mine = index[parallel.share(len(index))]
+        mine = index[parallel.share(len(index), "the number of states in a minibatch")]
         batch = {name: column[mine] for name, column in data.items()}
         if parallel.world_size() > 1:
             batch["population"] = data["advantage"][index]
         if self._clones(train_actor):
             first = index[: self.config.bc_states]
-            share = parallel.share(len(first))
+            share = parallel.share(len(first), "finetune.bc_states")
             batch["bc_feature"] = data["feature"][first[share]]
             batch["bc_noise"] = self.base.policy.noise(len(first), self.generator)[:, share]
         return batch
@@ -134,8 +144,8 @@ class PPOUpdate:
         chain = self.base.sample(feature, noise, ft_steps=kf, explore=True).chain
         return -chunk_log_prob(self.actor.chain_log_prob(feature, chain)).mean()
 
-    def _step(self, batch: dict[str, Tensor], train_actor: bool) -> dict[str, Tensor]:
-        """One gradient step; its metrics are summed up on the device."""
+    def _backward(self, batch: dict[str, Tensor], train_actor: bool) -> dict[str, Tensor]:
+        """Gradients of one minibatch, and its metrics in the order of `METRICS`."""
         c, feature = self.config, batch["feature"]
         with torch.set_grad_enabled(train_actor):
             new = chunk_log_prob(self.actor.chain_log_prob(feature, batch["chain"]))
@@ -153,15 +163,19 @@ class PPOUpdate:
         if self._clones(train_actor):
             bc_loss = self._bc_loss(batch["bc_feature"], batch["bc_noise"])
             loss = loss + c.bc_coef * bc_loss
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
+        # Graphs share the gradients' memory, so there it must stay; elsewhere it is cheaper anew.
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.zero_grad(set_to_none=not self.gated)
         loss.backward()
-        parallel.all_reduce_gradients([*self.actor.parameters(), *self.critic.parameters()])
+        scalars = (terms.policy_loss, value_loss, terms.approx_kl, terms.clip_fraction, bc_loss)
+        return {"metrics": torch.stack([s.detach() for s in scalars])}
+
+    def _descend(self, inputs: dict[str, Tensor], train_actor: bool) -> dict[str, Tensor]:
+        """One step of the optimizers; the metrics are summed up on the device."""
+        metrics = inputs["metrics"]
         if train_actor:
             self.actor_optimizer.step()
         self.critic_optimizer.step()
-        scalars = (terms.policy_loss, value_loss, terms.approx_kl, terms.clip_fraction, bc_loss)
-        metrics = parallel.all_reduce_mean(torch.stack([s.detach() for s in scalars]))
         self.kl += metrics[METRICS.index("approx_kl")]
         self.totals += metrics.masked_fill(self.stopped > 0, 0.0)
         self.steps += 1 - self.stopped
