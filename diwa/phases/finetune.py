@@ -30,9 +30,10 @@ from diwa.nn.world_model import WorldModel
 from diwa.phases.collect import VALIDATION_STARTS, load_starts
 from diwa.phases.reward import success_function
 from diwa.rl.gae import RewardScaler, gae
+from diwa.rl.memory import memory_advice
 from diwa.rl.ppo import chunk_log_prob
 from diwa.rl.update import PPOUpdate
-from diwa.run import RunFolder
+from diwa.run import Phase, RunFolder
 
 if TYPE_CHECKING:
     from diwa.envs.online import OnlineEnv
@@ -314,6 +315,22 @@ def _try_in_simulator(tuner: Finetuner, config: Config, metrics: dict[str, float
     metrics["finetune/real_success"] = float(evaluate_agent(agent, config, starts).mean())
 
 
+def _iterate(tuner: Finetuner, config: Config, phase: Phase) -> dict[str, float]:
+    """All iterations; the success in dreams before and after."""
+    c, generators = config.finetune, {"dreams": tuner.generator}
+    extra = phase.restore(tuner.modules(), generators)
+    if "imagined_start" not in extra:
+        extra = {"imagined_start": tuner.imagined_success(c.imagined_eval)}
+    for i in range(phase.start, c.iterations):
+        metrics = tuner.iteration(i)
+        if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
+            parallel.on_main(partial(_try_in_simulator, tuner, config, metrics))
+        phase.log(i, metrics)
+        if (i + 1) % CHECKPOINT_EVERY == 0 and i + 1 < c.iterations:
+            phase.checkpoint(i + 1, tuner.modules(), generators, extra)
+    return {**extra, "imagined_final": tuner.imagined_success(c.imagined_eval)}
+
+
 def finetune(config: Config, run: RunFolder) -> dict:
     """Fine-tune in imagination; writes `finetune/` with the actor's weights.
 
@@ -324,7 +341,9 @@ def finetune(config: Config, run: RunFolder) -> dict:
     selected by it.
 
     Raises:
-        RunError: a loss is not finite, or the training itself stepped a simulator.
+        RunError: a loss is not finite, the training itself stepped a simulator, or the processes
+            cannot divide dreams or minibatches equally.
+        DeviceMemoryError: the GPU is too small for the dreams; says how many would fit.
     """
     c = config.finetune
     with run.phase("finetune", c.iterations, "finetune/imagined_success") as phase:
@@ -333,20 +352,8 @@ def finetune(config: Config, run: RunFolder) -> dict:
         torch.set_num_threads(config.threads)
         before = _env_steps()
         tuner = _build(config, run)
-        generators = {"dreams": tuner.generator}
-        extra = phase.restore(tuner.modules(), generators)
-        start_success = extra.get("imagined_start", None)
-        if start_success is None:
-            start_success = tuner.imagined_success(c.imagined_eval)
-        for i in range(phase.start, c.iterations):
-            metrics = tuner.iteration(i)
-            if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
-                parallel.on_main(partial(_try_in_simulator, tuner, config, metrics))
-            phase.log(i, metrics)
-            if (i + 1) % CHECKPOINT_EVERY == 0 and i + 1 < c.iterations:
-                extra = {"imagined_start": start_success}
-                phase.checkpoint(i + 1, tuner.modules(), generators, extra)
-        final_success = tuner.imagined_success(c.imagined_eval)
+        with memory_advice(c, tuner.actor, tuner.world_model):
+            success = _iterate(tuner, config, phase)
         steps = _env_steps() - before
         if steps:
             raise RunError(f"fine-tuning took {steps} environment steps; it must take none")
@@ -354,8 +361,7 @@ def finetune(config: Config, run: RunFolder) -> dict:
         parallel.on_main(partial(save_policy, phase.dir, actor, c.ft_denoising_steps))
         return phase.finish(
             {
-                "imagined_start": start_success,
-                "imagined_final": final_success,
+                **success,
                 "finetune_env_steps": steps,
                 "imagined_steps": c.iterations * c.n_dreams * c.n_chunks * tuner.actor.config.chunk,
             }
