@@ -146,7 +146,8 @@ def test_the_estimate_is_of_the_right_size():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         tuner = bandit(device="cuda", n_dreams=dreams, minibatches=1)
-        tuner.ppo._steps[True].enabled = False
+        for step in tuner.graphs():
+            step.enabled = False
         tuner.iteration(1)
         peaks.append(torch.cuda.max_memory_allocated())
     each = bytes_per_dream(tuner.config, tuner.actor, tuner.world_model)

@@ -221,6 +221,10 @@ class Finetuner:
         """Rollout and update number `number` (from 0); returns the metrics to log."""
         return self.update(self.rollout(), train_actor=number >= self.config.critic_warmup)
 
+    def graphs(self) -> list[GraphedStep]:
+        """What is captured on a GPU: rollout, returns, steps of the update."""
+        return [self._rollout, self._returns, *self.ppo.graphs]
+
     def modules(self) -> dict:
         """Everything a checkpoint must hold; the same in all processes."""
         return {

@@ -33,6 +33,9 @@ class PPOUpdate:
         base: frozen policy, whose own chains the behaviour-cloning term is on.
         generator: of the order of the rows and of the noise of those chains.
         gated: stop on the device; None means on every device but a CPU.
+
+    Attributes:
+        graphs: the steps on a minibatch, of the critic's warm-up first.
     """
 
     def __init__(
@@ -69,20 +72,24 @@ class PPOUpdate:
         if self.gated:  # read by the fused kernel: 1 skips a step, as under a gradient scaler
             self.actor_optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
             self.critic_optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
-        self._steps = {train_actor: self._graphs(train_actor) for train_actor in (False, True)}
+        self.graphs: list[GraphedStep] = []
+        self._steps = {train_actor: self._graphed(train_actor) for train_actor in (False, True)}
 
-    def _graphs(self, train_actor: bool) -> Step:
+    def _graphed(self, train_actor: bool) -> Step:
         """The step on a minibatch: one graph, or two with the sums over the processes between."""
         backward = partial(self._backward, train_actor=train_actor)
         descend = partial(self._descend, train_actor=train_actor)
         weights = [*self.actor.parameters(), *self.critic.parameters()]
         name = "update" if train_actor else "critic's warm-up"
         if parallel.world_size() == 1:
-            return GraphedStep(
+            whole = GraphedStep(
                 lambda batch: descend(backward(batch)), self.device, writes=weights, name=name
             )
+            self.graphs.append(whole)
+            return whole
         first = GraphedStep(backward, self.device, name=f"gradients of the {name}")
         second = GraphedStep(descend, self.device, writes=weights, name=name)
+        self.graphs += [first, second]
 
         def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             metrics = first(batch)["metrics"]
