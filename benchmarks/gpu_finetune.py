@@ -83,11 +83,14 @@ class Watch:
         return self.last - before
 
 
-def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[str, Any]:
+def run(
+    config: Config, iterations: int, seconds: float, graph: bool, tf32: bool = False
+) -> dict[str, Any]:
     """Times iterations; `graphs` says which steps were captured, standard error why one was not."""
     cuda = config.device.startswith("cuda")
     begin = time.perf_counter()
     tuner = build(config)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     for step in tuner.graphs():
         step.enabled &= graph
     watch, times = Watch(cuda), []
@@ -117,6 +120,7 @@ def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[st
         "imagined_steps": len(times) * steps,
         "finite": bool(finite),
         "frozen_dtype": c.frozen_dtype,
+        "tf32": tf32,
         "graphs": {step.name: step.captured for step in tuner.graphs()},
     }
     if len(times) == iterations == PAPER_ITERATIONS:
@@ -127,10 +131,11 @@ def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[st
     return out
 
 
-def _old_log_prob_error(config: Config) -> float:
+def _old_log_prob_error(config: Config, tf32: bool) -> float:
     """Largest difference between old log-probabilities and those of the network before any
     update; a ratio of PPO starts at one only if this is small."""
     tuner = build(config)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     r = tuner.rollout()
     feature, chain = (t.flatten(0, 1)[:256] for t in (r.feature, r.chain))
     with torch.no_grad():
@@ -150,12 +155,13 @@ def main() -> int:
         default="bfloat16",
         help="of the frozen denoising steps; the cluster kernel is for bfloat16 [%(default)s]",
     )
+    parser.add_argument("--tf32", action="store_true", help="GEMMs in TF32, which diwa does not")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
     parser.add_argument("--out", type=Path, help="JSON file; none is written without it")
     a = parser.parse_args()
     config = settings(a.device, a.tiny, a.frozen_dtype)
-    result = run(config, a.iterations, a.seconds, not a.no_graph)
-    result["old_log_prob_error"] = _old_log_prob_error(config)
+    result = run(config, a.iterations, a.seconds, not a.no_graph, a.tf32)
+    result["old_log_prob_error"] = _old_log_prob_error(config, a.tf32)
     text = json.dumps(result, indent=1)
     print(text)
     if a.out:

@@ -87,6 +87,8 @@ class Finetuner:
     ) -> None:
         self.config = c = config.finetune
         self.device = torch.device(config.device)
+        # World-model training turns it on. Its error is of the size of PPO's clip range.
+        torch.backends.cuda.matmul.allow_tf32 = False
         self.world_model, self.base = world_model, base
         self.actor = copy.deepcopy(base).requires_grad_(True)
         self.sampler = self.actor.freeze(torch.float32)
