@@ -29,7 +29,7 @@ from diwa.rl.gae import RewardScaler, gae
 from diwa.rl.ppo import chunk_log_prob
 
 from .chain import largest
-from .harness import Skip, Sum
+from .harness import Sum
 from .inputs import Size
 from .peers.chain import Original
 from .peers.rssm import Original as OriginalRSSM
@@ -62,7 +62,7 @@ class Iteration:
         success = ClassifierSuccess(self.head, config.reward.threshold)
         dream = make_dream(self.config, self.world_model, success, starts)
         self.tuner = Finetuner(self.config, self.world_model, self.base, dream)
-        if getattr(small, "frozen_dtype", "float32") == "bfloat16":
+        if small.frozen_dtype == "bfloat16":
             self.tuner.dream.frozen = self.world_model.rssm.freeze(torch.bfloat16)
         self.published = Published(self)
 
@@ -123,7 +123,7 @@ class Published:
         weight = torch.tensor([c.gamma_denoising ** (kf - i - 1) for i in range(kf)])
         advantage = (advantage[:, None] * weight).flatten()
         ratio = (new - r.log_prob.flatten()).exp()
-        clip = self.it.tuner.clip.repeat(len(feature))
+        clip = self.it.tuner.ppo.clip.repeat(len(feature))
         clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
         value_loss = 0.5 * (self.critic(feature) - returns.flatten()).square().mean()
@@ -166,16 +166,10 @@ def finetune_iteration(size: Size, config: Config, dtype: str, compile_peers: bo
 
     `mixed`: imagined steps and frozen denoising steps in bfloat16, the tuned ones in float32.
 
-    Raises:
-        Skip: this version of diwa fine-tunes in float32 only.
-
     Nothing is compiled: the loop is Python, and its parts have cases of their own.
     """
-    c = config.finetune
-    if dtype == "mixed":
-        if not hasattr(c, "frozen_dtype"):
-            raise Skip("diwa fine-tunes in float32 only")
-        c = dataclasses.replace(c, frozen_dtype="bfloat16")
+    frozen = "bfloat16" if dtype == "mixed" else "float32"
+    c = dataclasses.replace(config.finetune, frozen_dtype=frozen)
     it = Iteration(dataclasses.replace(config, finetune=c))
 
     def errors() -> tuple[float, float, float]:

@@ -30,7 +30,7 @@ from diwa.envs.dream import ClassifierSuccess
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.world_model import WorldModel
-from diwa.phases.finetune import Finetuner, Rollout, make_dream
+from diwa.phases.finetune import Finetuner, make_dream
 from diwa.presets import PRESETS
 
 PAPER_ITERATIONS, STARTS = 768, 200
@@ -49,45 +49,14 @@ def build(config: Config) -> Finetuner:
     return Finetuner(config, model, base, make_dream(config, model, success, starts))
 
 
-def settings(device: str, tiny: bool) -> Config:
+def settings(device: str, tiny: bool, frozen_dtype: str = "float32") -> Config:
     """The paper's hyper-parameters; no simulator, no behaviour cloning, every epoch runs."""
     preset = PRESETS["tiny" if tiny else "paper"]
     c = dataclasses.replace(preset.finetune, bc_coef=0.0, eval_every=0, target_kl=1e9)
     if not tiny:
         c = dataclasses.replace(c, n_dreams=50, n_chunks=36, update_epochs=10, minibatches=1)
+    c = dataclasses.replace(c, frozen_dtype=frozen_dtype)
     return dataclasses.replace(preset, device=device, finetune=c)
-
-
-def rollout_graph(tuner: Finetuner) -> Callable[[], Rollout]:
-    """The whole rollout as one CUDA graph.
-
-    A rollout begins with a reset of every dream, so a replay depends on nothing but the weights and
-    the generator, whose state the graph advances.
-
-    Raises:
-        RuntimeError: the capture was refused.
-    """
-
-    def once() -> Rollout:
-        tuner.sampler.refresh()  # the table of the time embedding belongs into the graph
-        return tuner.rollout()
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(tuner.generator)
-    with torch.cuda.graph(graph):
-        static = once()
-
-    def replay() -> Rollout:
-        graph.replay()
-        return static
-
-    return replay
 
 
 def launches(call: Callable[[], Any]) -> int | None:
@@ -114,27 +83,23 @@ class Watch:
         return self.last - before
 
 
-def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[str, Any]:
-    """Times iterations; what could not be had is named in `skipped`."""
-    cuda, skipped = config.device.startswith("cuda"), {}
+def run(
+    config: Config, iterations: int, seconds: float, graph: bool, tf32: bool = False
+) -> dict[str, Any]:
+    """Times iterations; `graphs` says which steps were captured, standard error why one was not."""
+    cuda = config.device.startswith("cuda")
     begin = time.perf_counter()
     tuner = build(config)
-    rollout = tuner.rollout
-    if graph and cuda:
-        try:
-            rollout = rollout_graph(tuner)
-        except RuntimeError as reason:
-            skipped["graph of the rollout"] = str(reason).splitlines()[0]
-            torch.cuda.synchronize()
-    elif graph:
-        skipped["graph of the rollout"] = "no CUDA device"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    for step in tuner.graphs():
+        step.enabled &= graph
     watch, times = Watch(cuda), []
     finite = torch.ones((), dtype=torch.bool, device=tuner.device)
     for number in range(iterations):
         if time.perf_counter() - begin > seconds:
             break
         watch()
-        r = rollout()
+        r = tuner.rollout()
         first = watch()
         tuner.update(r, train_actor=number >= config.finetune.critic_warmup)
         times.append((first, watch()))
@@ -154,20 +119,23 @@ def run(config: Config, iterations: int, seconds: float, graph: bool) -> dict[st
         "iterations": len(times),
         "imagined_steps": len(times) * steps,
         "finite": bool(finite),
-        "skipped": skipped,
+        "frozen_dtype": c.frozen_dtype,
+        "tf32": tf32,
+        "graphs": {step.name: step.captured for step in tuner.graphs()},
     }
     if len(times) == iterations == PAPER_ITERATIONS:
         out["finetune_full"] = {"seconds": total, "imagined_steps": out["imagined_steps"]}
     if cuda:
-        out["launches_per_iteration"] = launches(lambda: tuner.update(rollout(), True))
+        out["launches_per_iteration"] = launches(lambda: tuner.update(tuner.rollout(), True))
         out["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return out
 
 
-def _old_log_prob_error(config: Config) -> float:
+def _old_log_prob_error(config: Config, tf32: bool) -> float:
     """Largest difference between old log-probabilities and those of the network before any
     update; a ratio of PPO starts at one only if this is small."""
     tuner = build(config)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     r = tuner.rollout()
     feature, chain = (t.flatten(0, 1)[:256] for t in (r.feature, r.chain))
     with torch.no_grad():
@@ -180,13 +148,20 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--iterations", type=int, default=PAPER_ITERATIONS)
     parser.add_argument("--seconds", type=float, default=120.0, help="no iteration after this")
-    parser.add_argument("--no-graph", action="store_true", help="rollouts launch kernel by kernel")
+    parser.add_argument("--no-graph", action="store_true", help="launch kernel by kernel")
+    parser.add_argument(
+        "--frozen-dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the frozen denoising steps; the cluster kernel is for bfloat16 [%(default)s]",
+    )
+    parser.add_argument("--tf32", action="store_true", help="GEMMs in TF32, which diwa does not")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
     parser.add_argument("--out", type=Path, help="JSON file; none is written without it")
     a = parser.parse_args()
-    config = settings(a.device, a.tiny)
-    result = run(config, a.iterations, a.seconds, not a.no_graph)
-    result["old_log_prob_error"] = _old_log_prob_error(config)
+    config = settings(a.device, a.tiny, a.frozen_dtype)
+    result = run(config, a.iterations, a.seconds, not a.no_graph, a.tf32)
+    result["old_log_prob_error"] = _old_log_prob_error(config, a.tf32)
     text = json.dumps(result, indent=1)
     print(text)
     if a.out:

@@ -286,17 +286,12 @@ def _tail(clock: Clock, case: Case, calls: int = 200) -> dict[str, float]:
 
 def meta(threads: int) -> dict[str, Any]:
     """Commit, date, device, threads and versions of a result file."""
+    from diwa._native import cpu_isa
     from diwa.info import versions
 
     found = versions("cpu")
     commit, device = found.pop("commit"), found.pop("device")
-    native: dict[str, Any] = {"torch_isa": torch.backends.cpu.get_cpu_capability()}
-    try:
-        from diwa import _C
-
-        native["diwa_isa"] = _C.cpu_isa()
-    except ImportError:
-        native["diwa_isa"] = None
+    native = {"torch_isa": torch.backends.cpu.get_cpu_capability(), "diwa_isa": cpu_isa()}
     for module in ("torchrl", "sheeprl"):
         found[module] = _version(module)
     return {

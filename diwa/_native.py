@@ -27,4 +27,11 @@ def _load(folder: Path) -> None:
         LOAD_ERRORS["_C"] = str(error)
 
 
+def cpu_isa() -> str | None:
+    """Instruction set that the native operators use now; None without them."""
+    if "_C" in LOAD_ERRORS:
+        return None
+    return importlib.import_module("diwa._C").cpu_isa()
+
+
 _load(Path(__file__).parent)

@@ -60,7 +60,7 @@ FUNCTIONS = {
 ONLINE = "diwa.phases.online:finetune_online"
 """The baseline that `diwa finetune --online` runs, which is no phase of a run."""
 
-PARALLEL = ("world-model",)
+PARALLEL = ("world-model", "finetune")
 """Commands that `torchrun` may start in several processes."""
 
 TOOLS = {
@@ -353,18 +353,14 @@ def open_run(options: Options, first_phase: str) -> RunFolder:
 
 def _prepare(options: Options, first_phase: str) -> None:
     """Check what a run folder is to be used for, and make room in it."""
-    import torch
-
     from . import run as runs
+    from .device import check_device
 
     config, path = options.settings, _run_path(options)
     saved = runs.saved_config(path)
     if saved is None and path.is_dir() and any(path.iterdir()):
         raise RunError(f"{path} is neither empty nor a run folder; give another --run-dir")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError(
-            "no CUDA device is to be had here; add `--device cpu`, or see GPU in the README"
-        )
+    check_device(config.device)
     if options.overwrite and saved is not None:
         phases = list(FUNCTIONS)[list(FUNCTIONS).index(first_phase) :]
         _check_overwrite(path, runs.differences(saved, to_dict(config)), phases)

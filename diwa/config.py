@@ -180,9 +180,9 @@ class FinetuneConfig:
     """Low-level steps after which a dream is cut (truncated)."""
     ft_denoising_steps: int = 10
     """Kf, the last denoising steps, which are trained."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Packed weights of the frozen denoising steps of rollouts (CPU); the trained steps, whose
-    log-probs enter the PPO ratio, are float32. bfloat16 needs AVX512_BF16 to be faster."""
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Packed weights of the frozen denoising steps of rollouts; the trained steps, whose log-probs
+    enter the PPO ratio, are float32. auto: bfloat16 where it is faster (AVX512_BF16, a GPU)."""
     gamma: float = 0.999
     """Discount per chunk."""
     gae_lambda: float = 0.95

@@ -17,3 +17,11 @@ class CheckpointError(DiwaError):
 
 class StoreError(DiwaError):
     """An episode store that is missing, truncated or of the wrong shape."""
+
+
+class DeviceError(DiwaError):
+    """A device that cannot be used: no GPU, an old driver, an unsupported architecture."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has not enough memory; the message says what would fit."""

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diwa.config import WorldModelConfig
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, Dream
@@ -122,9 +123,54 @@ def test_backend_of_the_environment_chooses_the_path(model, monkeypatch):
     assert not calls
     dream.step(*chunk(g))
     assert calls
-    never_reset = make(model)
-    never_reset.step(*chunk(g))  # z is zero, no class: the eager path
-    assert never_reset.state.z.sum(-1).eq(S).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_classes_are_those_of_the_state(model, backend):
+    """Also before the first reset, after one of some dreams, and where logits are not finite."""
+
+    def check(dream):
+        z = dream.state.z.unflatten(-1, (S, C))
+        finite = z.isfinite().all(-1)
+        assert torch.equal(dream.z_idx, z.argmax(-1).where(finite, -1))
+        assert z[finite].sum(-1).eq(1).all()
+        return finite
+
+    with use_backend(backend):
+        dream = make(model)
+        assert check(dream).all() and len(dream.state.z.unique(dim=0)) == 1
+        g = torch.Generator().manual_seed(0)
+        dream.step(*chunk(g))
+        assert check(dream).all()
+        mask = torch.arange(N) < 2
+        dream.reset(mask, torch.rand(N, generator=g), torch.rand(N, S, generator=g))
+        dream.step(*chunk(g))
+        assert check(dream).all()
+        dream.pool_logits[:, 1] = torch.nan
+        dream.reset(mask, torch.rand(N, generator=g), torch.rand(N, S, generator=g))
+        assert check(dream).sum(-1).tolist() == [S - 1] * 2 + [S] * (N - 2)
+        feature = dream.step(*chunk(g))[0]
+        assert feature.isnan().any(-1).tolist() == [True] * 2 + [False] * (N - 2)
+        dream.clear()
+        assert dream.elapsed.eq(0).all() and torch.equal(dream.state.h[3], dream.pool_h[0])
+
+
+def test_nothing_is_read_on_the_host_between_reset_and_step(model):
+    seen = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    success = ClassifierSuccess(RewardClassifier(model.feature_dim, 8, 8), 0.5)
+    for backend in ("auto", "reference"):
+        dream = make(model, success)
+        with use_backend(backend), Reads():
+            dream.clear()
+            dream.step(*chunk(begin(dream)))
+    assert not seen
 
 
 def test_truncation_at_the_limit_and_never_with_success(model):

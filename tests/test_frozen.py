@@ -11,9 +11,11 @@ import torch
 from test_ppo import bandit
 
 import diwa.nn.diffusion
+import diwa.nn.frozen as frozen_module
 from diwa.agent import Agent
 from diwa.config import PolicyConfig
 from diwa.nn import DenoisingMLP, DiffusionPolicy, NoiseSchedule
+from diwa.nn.frozen import frozen_dtype
 from diwa.nn.rssm import RSSMState
 from diwa.ops import use_backend
 from diwa.rl.ppo import chunk_log_prob, clip_schedule
@@ -296,3 +298,11 @@ def test_ddim_with_all_steps_and_full_noise_is_ddpm():
     ddim, ddpm = NoiseSchedule(20, ddim_steps=20), NoiseSchedule(20)
     for name in ("sigma", "c1", "c2", "p", "q"):
         torch.testing.assert_close(getattr(ddim, name), getattr(ddpm, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa, dtype", [("avx2", "float32"), ("avx512_bf16", "bfloat16")])
+def test_frozen_steps_are_bfloat16_where_that_is_native(isa, dtype, monkeypatch):
+    monkeypatch.setattr(frozen_module, "cpu_isa", lambda: isa)
+    assert frozen_dtype("auto", "cpu") == getattr(torch, dtype)
+    assert frozen_dtype("auto", "cuda") == frozen_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert frozen_dtype("float32", "cuda") == torch.float32

@@ -11,7 +11,7 @@
 #
 # --dry-run: the same steps on the CPU at small sizes, without installing or writing a result.
 #
-# Planned minutes: build 2, tests 1.5, fine-tuning 1.5, benchmarks 2, sanitizer 1. Limits are a
+# Planned minutes: build 2, tests 1.5, fine-tuning 1.7, benchmarks 2, sanitizer 1. Limits are a
 # little above, and no step goes on after 530 s.
 set -u
 cd "$(dirname "$0")/.."
@@ -104,6 +104,8 @@ fi
 
 step finetune 110 "$python" -m benchmarks.gpu_finetune --device "$device" "${more[@]}" \
   --seconds 75 --iterations "$iterations" --out "$work/finetune.json"
+step finetune-tf32 40 "$python" -m benchmarks.gpu_finetune --device "$device" "${more[@]}" \
+  --tf32 --seconds 15 --iterations $((iterations < 50 ? 1 : 50)) --out "$work/finetune_tf32.json"
 step benchmarks 150 "$python" -m benchmarks.gpu --device "$device" "${more[@]}" \
   --seconds 120 --out "$work/operators.json"
 
@@ -126,7 +128,7 @@ import sys
 from pathlib import Path
 
 work, out, commit, dry = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
-parts = {n: work / f"{n}.json" for n in ("operators", "finetune")}
+parts = {n: work / f"{n}.json" for n in ("operators", "finetune", "finetune_tf32")}
 read = {n: json.loads(p.read_text()) for n, p in parts.items() if p.exists()}
 if not read:
     raise SystemExit("nothing was measured")
@@ -136,6 +138,7 @@ tuning = read.get("finetune", {})
 result["finetune_full"] = tuning.pop("finetune_full", None)
 result["imagined_steps_per_s"] = tuning.get("rollout_imagined_steps_per_s")
 result["finetune"] = tuning
+result["finetune_tf32"] = read.get("finetune_tf32", {})
 path = out / f"{result['meta']['device']}.json"
 if dry:
     print("dry run: no result is written")
@@ -149,8 +152,9 @@ for item in result["items"]:
 for kind in ("failed", "skipped"):
     for entry in result.get("details", {}).get(kind, []):
         print(f"{kind}: {entry['item']}: {entry['reason'].splitlines()[0][:100]}")
-for key, value in tuning.items():
-    print(f"{key:<40}{value}")
+for name in ("finetune", "finetune_tf32"):
+    for key, value in result[name].items():
+        print(f"{name + ' ' + key:<40}{value}")
 print(f"{'finetune_full':<40}{result['finetune_full'] or 'not all iterations were run'}")
 PYTHON
 

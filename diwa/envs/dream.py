@@ -13,6 +13,7 @@ from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
 from diwa.ops import onehot_st, registry
+from diwa.ops.reference_rssm import rssm_features
 
 
 class SuccessFunction(Protocol):
@@ -59,7 +60,12 @@ class Dream:
         n: dreams N.
         max_episode_steps: low-level steps after which an episode is truncated.
         per_step_reward: judge every latent of a chunk instead of only the last.
-        dtype: float32 or bfloat16, of the weights that imagine on a CPU (`RSSM.freeze`).
+        dtype: float32 or bfloat16, of the packed weights that imagine (`RSSM.freeze`).
+
+    Attributes:
+        state: latents of the N dreams. z_idx: int64 `[N, S]`, their classes.
+        scene_start: `[N, 24]`, scene that each episode began in.
+        elapsed: `[N]`, low-level steps since then.
     """
 
     def __init__(
@@ -77,11 +83,8 @@ class Dream:
         self.max_episode_steps, self.per_step_reward = max_episode_steps, per_step_reward
         self.pool_scene = scene_obs
         self._encode_starts(robot_obs, scene_obs)
-        device = scene_obs.device
-        self.state = world_model.rssm.initial(n, device)
-        self.scene_start = scene_obs.new_zeros(n, scene_obs.shape[-1])
-        self.elapsed = torch.zeros(n, device=device)
         self.frozen = world_model.rssm.freeze(dtype)
+        self.clear()
 
     @torch.no_grad()
     def _encode_starts(self, robot_obs: Tensor, scene_obs: Tensor) -> None:
@@ -97,6 +100,18 @@ class Dream:
             embed.new_zeros(1, count, rssm.stoch_groups),
         )
         self.pool_h, self.pool_logits = post.h[0], post.logits[0]
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Put every dream at the first start, in its likeliest classes.
+
+        Nothing of what was dreamed before is left, which a captured rollout must not read.
+        """
+        h = self.pool_h[:1].repeat(self.n, 1)
+        self.z_idx = self.pool_logits[:1].argmax(-1).repeat(self.n, 1)
+        self.state = self._split(rssm_features(h, self.z_idx, self.world_model.rssm.stoch_classes))
+        self.scene_start = self.pool_scene[:1].repeat(self.n, 1)
+        self.elapsed = self.pool_scene.new_zeros(self.n)
 
     @torch.no_grad()
     def reset(self, mask: Tensor, draw: Tensor, uniform: Tensor) -> None:
@@ -115,6 +130,7 @@ class Dream:
             torch.where(keep, self.pool_h[index], self.state.h),
             torch.where(keep, z, self.state.z),
         )
+        self.z_idx = torch.where(keep, self._classes(z), self.z_idx)
         self.scene_start = torch.where(keep, self.pool_scene[index], self.scene_start)
         self.elapsed = torch.where(mask, torch.zeros_like(self.elapsed), self.elapsed)
 
@@ -140,27 +156,33 @@ class Dream:
 
     def _imagine(self, action: Tensor, uniform: Tensor) -> Tensor:
         """Features `[L, N, F]` of prior steps under actions `[L, N, A]`; sets the state."""
-        rssm = self.world_model.rssm
         if self._packed():
-            z = self.state.z.unflatten(-1, (rssm.stoch_groups, rssm.stoch_classes))
-            _, _, features = self.frozen.imagine(
-                self.state.h, z.argmax(-1), action, uniform, return_features=True
+            _, z_idx, features = self.frozen.imagine(
+                self.state.h, self.z_idx, action, uniform, return_features=True
             )
             assert features is not None
-            self.state = RSSMState(*features[-1].split([rssm.deter_dim, rssm.stoch_dim], -1))
+            self.state, self.z_idx = self._split(features[-1]), z_idx[-1]
             return features
         steps = []
         for a, u in zip(action, uniform, strict=True):
-            self.state = rssm.imagine(self.state, a, u)
+            self.state = self.world_model.rssm.imagine(self.state, a, u)
             steps.append(self.state.feature)
+        self.z_idx = self._classes(self.state.z)
         return torch.stack(steps)
 
+    def _split(self, feature: Tensor) -> RSSMState:
+        rssm = self.world_model.rssm
+        return RSSMState(*feature.split([rssm.deter_dim, rssm.stoch_dim], -1))
+
+    def _classes(self, z: Tensor) -> Tensor:
+        """Class indices `[N, S]` of one-hot z `[N, Z]`; -1 for NaN, as the operator has it."""
+        rssm = self.world_model.rssm
+        z = z.unflatten(-1, (rssm.stoch_groups, rssm.stoch_classes))
+        return z.argmax(-1).masked_fill(z.isnan().any(-1), -1)
+
     def _packed(self) -> bool:
-        """Whether the native operator can go on from here. Before the first reset z is zero, which
-        no class index stands for."""
-        h, z = self.state
-        if h.device.type != "cpu" or h.dtype != torch.float32:
-            return False
-        if registry.choose("rssm_imagine", h) != "cpu":
-            return False
-        return bool((z.sum(-1) == self.world_model.rssm.stoch_groups).all())
+        """Whether an operator does these steps better than the eager ones: the native one on a CPU,
+        the kernels of `rssm_imagine_gpu` on a GPU."""
+        h = self.state.h
+        preferred = {"cpu": "cpu", "cuda": "triton"}.get(h.device.type)
+        return h.dtype == torch.float32 and registry.choose("rssm_imagine", h) == preferred

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from diwa._native import cpu_isa
 from diwa.config import PolicyConfig
 from diwa.ops import PackedNetwork, denoise_chain, step_table
 from diwa.ops.reference_chain import Chain, ChainSteps
@@ -48,6 +49,20 @@ class Source:
             if register.get(key) is not value:
                 return True
         return any(t._version != v or t.data_ptr() != p for t, p, v in self._seen)
+
+
+def frozen_dtype(setting: str, device: torch.device | str) -> torch.dtype:
+    """The dtype of packed frozen weights; `auto`: bfloat16 where it is multiplied natively (a GPU,
+    AVX512_BF16), float32 elsewhere.
+
+    Args:
+        setting: `auto`, `float32` or `bfloat16`.
+        device: where the policy is sampled.
+    """
+    if setting == "auto":
+        native = torch.device(device).type == "cuda" or cpu_isa() == "avx512_bf16"
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
 class FrozenPolicy:

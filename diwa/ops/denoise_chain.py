@@ -23,6 +23,7 @@ from torch import Tensor
 from . import denoise_chain_cluster as cluster
 from . import reference_chain as reference
 from . import registry
+from .denoise_chain_steps import denoise_chain_steps
 from .packing import ROUND, pack_weight
 from .reference_chain import Chain, ChainSteps, Network, step_table
 from .weights import check_network
@@ -31,6 +32,7 @@ registry.declare(
     "denoise_chain",
     registry.native("cpu", "denoise_chain"),  # csrc/cpu/denoise_chain.cpp
     registry.native("cuda", "denoise_chain_cluster"),  # csrc/cuda/denoise_chain.cu
+    registry.triton("denoise_step", (torch.float32,)),  # diwa/ops/denoise_chain_steps.py
     registry.reference(),  # diwa/ops/reference_chain.py
 )
 
@@ -173,8 +175,10 @@ def denoise_chain(
         ft_steps: Kf, the transitions to return.
         clip_noise: bound of a step's noise, in deviations.
         table: `step_table(steps)`, if it is at hand.
-        backend: `"auto"`, `"reference"`, `"cpu"` or `"cuda"`. The native variants take float32
-            arguments; the CUDA one a base packed as bfloat16 (`denoise_chain_cluster`).
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"cuda"` or `"triton"`. All but the reference
+            take float32 arguments. The CUDA one needs a base packed as bfloat16
+            (`denoise_chain_cluster`); Triton's runs step by step with the weights as they are in
+            float32 (`denoise_chain_steps`).
     Returns:
         chunk `[N, P]`, chain `[N, Kf + 1, P]`, log_prob `[N, Kf, P]`. No gradient.
     Raises:
@@ -200,6 +204,10 @@ def denoise_chain(
         cond = reference.one_hot_feature(cond, z_idx, net.cond_in.shape[1] - cond.shape[1])
     if chosen == "reference":
         return reference.denoise_chain(net, base_net, cond, noise, steps, ft_steps, clip_noise)
+    if chosen == "triton":
+        return denoise_chain_steps(
+            net, base_net, cond, noise, steps, ft_steps, clip_noise, table=table, backend="triton"
+        )
     if chosen == "cuda":
         return cluster.denoise_chain_cluster(
             net,

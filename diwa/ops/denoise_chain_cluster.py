@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference_chain as reference
 from . import registry
+from .denoise_chain_steps import denoise_chain_steps
 from .reference_chain import Chain, ChainSteps, Network, step_table
 
 WIDTHS = (256, 512)
@@ -100,8 +101,8 @@ def denoise_chain_cluster(
         steps: tables `[K]`.
         ft_steps: Kf, transitions to return.
         clip_noise: bound of the noise of a step, in deviations.
-        ft_dtype: of the last Kf steps: float32, which runs them in torch after the kernel, or
-            bfloat16, which runs the whole chain in it.
+        ft_dtype: of the last Kf steps: float32, which runs them after the kernel, each by cuBLAS
+            and `denoise_step`, or bfloat16, which runs the whole chain in it.
         forms: packed forms of tuned and base, kept from call to call while the weights stay.
         backend: `"auto"`, `"reference"` or `"cuda"`.
     Returns:
@@ -136,4 +137,4 @@ def denoise_chain_cluster(
         return Chain(x, empty, empty)
     rest = torch.cat([x[None], noise[first + 1 :]])
     last = ChainSteps(*(t[:ft_steps] for t in steps))
-    return reference.denoise_chain(tuned, tuned, feature, rest, last, ft_steps, clip_noise)
+    return denoise_chain_steps(tuned, tuned, feature, rest, last, ft_steps, clip_noise)

@@ -196,5 +196,6 @@ def rssm_imagine(
 
 def rssm_features(h: Tensor, z_idx: Tensor, classes: int) -> Tensor:
     """`[..., F]`: h `[..., H]` beside the one-hot of z_idx `[..., S]`, NaN for the index -1."""
-    z = F.one_hot(z_idx.clamp(min=0), classes).to(h.dtype)
+    # scattered, because F.one_hot looks at the indices on the host
+    z = h.new_zeros(*z_idx.shape, classes).scatter_(-1, z_idx.clamp(min=0)[..., None], 1.0)
     return torch.cat([h, z.masked_fill(z_idx[..., None] < 0, torch.nan).flatten(-2)], -1)

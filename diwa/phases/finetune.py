@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diwa import parallel
 from diwa.agent import (
     Agent,
     Policy,
@@ -22,14 +24,18 @@ from diwa.agent import (
 from diwa.config import Config
 from diwa.envs.dream import Dream, SuccessFunction
 from diwa.errors import RunError
+from diwa.graph import GraphedStep
 from diwa.nn.encoders import to_tensor
+from diwa.nn.frozen import frozen_dtype
 from diwa.nn.heads import Critic
 from diwa.nn.world_model import WorldModel
 from diwa.phases.collect import VALIDATION_STARTS, load_starts
 from diwa.phases.reward import success_function
 from diwa.rl.gae import RewardScaler, gae
-from diwa.rl.ppo import chunk_log_prob, clip_schedule, denoising_discount, ppo_loss
-from diwa.run import RunFolder
+from diwa.rl.memory import memory_advice
+from diwa.rl.ppo import chunk_log_prob
+from diwa.rl.update import PPOUpdate
+from diwa.run import Phase, RunFolder
 
 if TYPE_CHECKING:
     from diwa.envs.online import OnlineEnv
@@ -38,7 +44,7 @@ CHECKPOINT_EVERY = 5
 
 
 class Rollout(NamedTuple):
-    """One iteration of imagined experience, T chunks of N dreams.
+    """One iteration of imagined experience, T chunks of N dreams (those of one process).
 
     Attributes:
         feature: `[T, N, F]` acted in; next_feature: successor before any reset.
@@ -59,11 +65,19 @@ class Rollout(NamedTuple):
 class Finetuner:
     """Actor, critic, reward scale and dreams of one fine-tuning.
 
+    On a GPU a rollout, its returns and a step of the update are one CUDA graph each, and an
+    iteration reads the device once, for its metrics. Every random number of a rollout is drawn
+    before it, in the order of the chunks. Several processes (`diwa.parallel`) draw the same numbers
+    and dream their shares of the dreams; an iteration is then that of one process.
+
     Args:
-        config: of the run.
+        config: of the run; `finetune.n_dreams` counts the dreams of all processes.
         world_model: frozen.
         base: frozen pre-trained policy.
-        dream: the N parallel episodes it learns from.
+        dream: the parallel episodes that this process learns from, its share of `n_dreams`.
+
+    Raises:
+        RunError: the number of processes does not divide `n_dreams`.
     """
 
     def __init__(
@@ -76,140 +90,155 @@ class Finetuner:
         kf = min(config.finetune.ft_denoising_steps, base.steps)  # a Gaussian policy has one step
         self.config = c = dataclasses.replace(config.finetune, ft_denoising_steps=kf)
         self.device = torch.device(config.device)
+        # World-model training turns it on. Its error is of the size of PPO's clip range.
+        torch.backends.cuda.matmul.allow_tf32 = False
         self.world_model, self.base = world_model, base
         self.actor = copy.deepcopy(base).requires_grad_(True)
-        # packed again whenever an update has changed the actor
         self.sampler = self.actor.freeze(torch.float32)
-        self.frozen_base: Any = base.freeze(torch.float32, getattr(torch, c.frozen_dtype))
+        dtype = frozen_dtype(c.frozen_dtype, self.device)
+        self.frozen_base: Any = base.freeze(torch.float32, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.critic = Critic(world_model.feature_dim).to(self.device)
         self.scaler = RewardScaler(c.n_dreams, c.reward_gamma, c.reward_clip).to(self.device)
-        self.actor_optimizer = torch.optim.AdamW(
-            self.actor.parameters(), lr=c.actor_lr, weight_decay=0.0
-        )
-        self.critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(), lr=c.critic_lr, weight_decay=0.0
-        )
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.dream = dream
-        self.discount = denoising_discount(kf, c.gamma_denoising, self.device)
-        self.clip = clip_schedule(kf, c.clip_coef, c.clip_coef_base, c.clip_coef_rate, self.device)
+        self.dream, self.share = dream, parallel.share(c.n_dreams, "finetune.n_dreams")
+        self.ppo = PPOUpdate(c, self.actor, self.critic, self.frozen_base, self.generator)
+        self._draws = self._buffers()
+        on_host = "" if isinstance(dream, Dream) else "the simulator runs on the host"
+        several = "its rewards travel between processes" if parallel.world_size() > 1 else ""
+        self._rollout = GraphedStep(self._dream, self.device, name="rollout", refusal=on_host)
+        self._returns = GraphedStep(
+            self._estimate,
+            self.device,
+            writes=list(self.scaler.buffers()),
+            name="returns",
+            refusal=several,
+        )
 
-    def _rand(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device)
+    def _buffers(self) -> dict[str, Tensor]:
+        """For the random numbers of a rollout of all dreams, T chunks; see `Dream`."""
+        c, policy = self.config, self.actor
+        length, groups = policy.config.chunk, self.world_model.rssm.stoch_groups
+        shapes = {
+            "start": (c.n_dreams,),
+            "posterior": (c.n_dreams, groups),
+            "noise": (policy.steps + 1, c.n_dreams, length, policy.action_dim),
+            "prior": (length, c.n_dreams, groups),
+        }
+        return {
+            name: torch.empty(c.n_chunks, *shape, device=self.device)
+            for name, shape in shapes.items()
+        }
 
-    def _reset(self, mask: Tensor) -> None:
-        n, groups = self.config.n_dreams, self.world_model.rssm.stoch_groups
-        self.dream.reset(mask, self._rand(n), self._rand(n, groups))
+    def _draw(self) -> dict[str, Tensor]:
+        """New random numbers, of them those of this process."""
+        for t in range(self.config.n_chunks):
+            for name, numbers in self._draws.items():
+                if name == "noise":
+                    numbers[t].normal_(generator=self.generator)
+                else:
+                    numbers[t].uniform_(generator=self.generator)
+        return {
+            name: numbers.narrow(
+                2 if name in ("noise", "prior") else 1, self.share.start, self.dream.n
+            ).contiguous()
+            for name, numbers in self._draws.items()
+        }
+
+    def rollout(self) -> Rollout:
+        """Imagine `n_chunks` chunks of the episodes of this process under the current actor."""
+        return Rollout(**self._rollout(self._draw()))
 
     @torch.no_grad()
-    def rollout(self) -> Rollout:
-        """Imagine `n_chunks` chunks of `n_dreams` episodes under the current actor."""
-        c, groups = self.config, self.world_model.rssm.stoch_groups
-        length = self.actor.config.chunk
-        done = torch.ones(c.n_dreams, dtype=torch.bool, device=self.device)
+    def _dream(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A rollout as a function of its random numbers and the weights."""
+        self.sampler.refresh()  # a graph must pack the weights that it finds
+        if isinstance(self.dream, Dream):
+            self.dream.clear()
+        done = torch.ones(self.dream.n, dtype=torch.bool, device=self.device)
         steps = []
-        for _ in range(c.n_chunks):
-            self._reset(done)
+        for t in range(self.config.n_chunks):
+            self.dream.reset(done, draws["start"][t], draws["posterior"][t])
             first, feature = done.float(), self.dream.state.feature
             sampled = self.sampler.sample(
                 feature,
-                self.actor.noise(c.n_dreams, self.generator),
+                draws["noise"][t],
                 base=self.frozen_base,
-                ft_steps=c.ft_denoising_steps,
+                ft_steps=self.config.ft_denoising_steps,
                 explore=True,
             )
             following, terminated, truncated = self.dream.step(
-                env_action(sampled.chunk), self._rand(length, c.n_dreams, groups)
+                env_action(sampled.chunk), draws["prior"][t]
             )
             done = terminated | truncated
             old = chunk_log_prob(sampled.log_prob)
             flags = (terminated.float(), truncated.float(), first)
             steps.append(Rollout(feature, following, sampled.chain, old, *flags))
-        return Rollout(*(torch.stack(column) for column in zip(*steps, strict=True)))
+        columns = (torch.stack(column) for column in zip(*steps, strict=True))
+        return Rollout(*columns)._asdict()
 
     @torch.no_grad()
-    def advantages(self, r: Rollout) -> tuple[Tensor, Tensor]:
-        """Advantages and returns `[T, N]` with the running reward scale."""
-        c = self.config
-        reward = self.scaler(r.terminated, r.first)
-        done = torch.maximum(r.terminated, r.truncated)
-        value, successor = self.critic(r.feature), self.critic(r.next_feature)
-        return gae(reward, value, successor, r.terminated, done, c.gamma, c.gae_lambda)
-
-    def _bc_term(self, feature: Tensor) -> Tensor:
-        """Negative log-likelihood of the frozen policy's own chains (section 5.7)."""
-        feature = feature[: self.config.bc_states]
-        noise = self.base.noise(len(feature), self.generator)
-        kf = self.config.ft_denoising_steps
-        chain = self.frozen_base.sample(feature, noise, ft_steps=kf, explore=True).chain
-        return -chunk_log_prob(self.actor.chain_log_prob(feature, chain)).mean()
-
-    def _minibatch(self, batch: tuple[Tensor, ...], train_actor: bool) -> dict[str, Tensor]:
-        feature, chain, old, advantage, returns = batch
-        c = self.config
-        new = chunk_log_prob(self.actor.chain_log_prob(feature, chain))
-        terms = ppo_loss(new, old, advantage, self.discount, self.clip)
-        value = self.critic(feature)
-        value_loss = 0.5 * (value - returns).square().mean()
-        loss = terms.policy_loss + c.vf_coef * value_loss
-        out = {
-            "policy_loss": terms.policy_loss,
-            "value_loss": value_loss,
-            "approx_kl": terms.approx_kl,
-            "clipfrac": terms.clip_fraction,
+    def _estimate(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Advantages and returns `[T, N]` of all processes' dreams with the running reward scale,
+        and what an iteration logs of them."""
+        c, r = self.config, Rollout(**rollout)
+        value, successor, terminated, truncated, first = (
+            parallel.gather(t, 1)
+            for t in (
+                self.critic(r.feature),
+                self.critic(r.next_feature),
+                *(r.terminated, r.truncated, r.first),
+            )
+        )
+        reward = self.scaler(terminated, first)
+        done = torch.maximum(terminated, truncated)
+        advantage, returns = gae(reward, value, successor, terminated, done, c.gamma, c.gae_lambda)
+        episodes = (terminated + truncated).sum().clamp(min=1)
+        return {
+            "advantage": advantage,
+            "returns": returns,
+            "explained_variance": 1 - advantage.var() / returns.var().clamp(min=1e-8),
+            "success": terminated.sum() / episodes,
         }
-        if c.bc_coef and train_actor:
-            out["bc_loss"] = self._bc_term(feature)
-            loss = loss + c.bc_coef * out["bc_loss"]
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if train_actor:
-            self.actor_optimizer.step()
-        self.critic_optimizer.step()
-        return {k: v.detach() for k, v in out.items()}
 
     def update(self, r: Rollout, train_actor: bool) -> dict[str, float]:
-        """PPO epochs over one rollout; they stop when an epoch's KL exceeds `target_kl`."""
-        c = self.config
-        advantage, returns = self.advantages(r)
-        data = [r.feature, r.chain, r.log_prob, advantage, returns]
-        data = [d.flatten(0, 1) for d in data]
-        size, rows = len(data[0]), []
-        for _ in range(c.update_epochs):
-            order = torch.randperm(size, generator=self.generator, device=self.device)
-            epoch = [
-                self._minibatch(tuple(d[index] for d in data), train_actor)
-                for index in order.chunk(c.minibatches)
-            ]
-            rows += epoch
-            if torch.stack([m["approx_kl"] for m in epoch]).mean().item() > c.target_kl:
-                break
-        keys = rows[0]
-        metrics = {k: torch.stack([row[k] for row in rows]).mean().item() for k in keys}
-        residual = advantage.var() / returns.var().clamp(min=1e-8)
-        metrics["explained_variance"] = 1 - residual.item()
-        return metrics
+        """PPO epochs over one rollout; they stop when an epoch's KL exceeds `target_kl`.
+
+        Returns:
+            The metrics to log, read from the device at once.
+        """
+        estimates = self._returns(r._asdict())
+        data = {
+            "feature": parallel.gather(r.feature, 1),
+            "chain": parallel.gather(r.chain, 1),
+            "log_prob": parallel.gather(r.log_prob, 1),
+            "advantage": estimates["advantage"],
+            "returns": estimates["returns"],
+        }
+        means = self.ppo.run({k: t.flatten(0, 1) for k, t in data.items()}, train_actor)
+        metrics = {f"ppo/{k}": v for k, v in means.items()}
+        metrics["ppo/explained_variance"] = estimates["explained_variance"]
+        metrics["finetune/imagined_success"] = estimates["success"]
+        values = torch.stack(list(metrics.values())).tolist()
+        return dict(zip(metrics, values, strict=True))
 
     def iteration(self, number: int) -> dict[str, float]:
         """Rollout and update number `number` (from 0); returns the metrics to log."""
-        r = self.rollout()
-        metrics = self.update(r, train_actor=number >= self.config.critic_warmup)
-        episodes = (r.terminated + r.truncated).sum().clamp(min=1)
-        out = {f"ppo/{k}": v for k, v in metrics.items()}
-        out["finetune/imagined_success"] = (r.terminated.sum() / episodes).item()
-        return out
+        return self.update(self.rollout(), train_actor=number >= self.config.critic_warmup)
+
+    def graphs(self) -> list[GraphedStep]:
+        """What is captured on a GPU: rollout, returns, steps of the update."""
+        return [self._rollout, self._returns, *self.ppo.graphs]
 
     def modules(self) -> dict:
-        """Everything a checkpoint must hold."""
+        """Everything a checkpoint must hold; the same in all processes."""
         return {
             "actor": self.actor,
             "critic": self.critic,
             "scaler": self.scaler,
-            "actor_optimizer": self.actor_optimizer,
-            "critic_optimizer": self.critic_optimizer,
+            "actor_optimizer": self.ppo.actor_optimizer,
+            "critic_optimizer": self.ppo.critic_optimizer,
         }
 
     @torch.no_grad()
@@ -225,8 +254,12 @@ class Finetuner:
 def imagined_success(
     agent: Agent, dream: Dream, episodes: int, generator: torch.Generator
 ) -> float:
-    """Share of dreamed episodes, at least `episodes`, in which the evaluated policy succeeds."""
-    n, device = dream.n, dream.scene_start.device
+    """Share of dreamed episodes, at least `episodes`, in which the evaluated policy succeeds.
+
+    The episodes are those of all processes, which have equal `dream.n` and equal generators.
+    """
+    n, device = dream.n * parallel.world_size(), dream.scene_start.device
+    mine = parallel.share(n)
     length, groups = agent.policy.config.chunk, agent.world_model.rssm.stoch_groups
 
     def rand(*shape: int) -> Tensor:
@@ -234,13 +267,13 @@ def imagined_success(
 
     wins = total = 0
     while total < episodes:
-        everyone = torch.ones(n, dtype=torch.bool, device=device)
-        dream.reset(everyone, rand(n), rand(n, groups))
-        solved = torch.zeros(n, dtype=torch.bool, device=device)
+        everyone = torch.ones(dream.n, dtype=torch.bool, device=device)
+        dream.reset(everyone, rand(n)[mine], rand(n, groups)[mine])
+        solved = torch.zeros_like(everyone)
         for _ in range(dream.max_episode_steps // length):
-            chunk = agent.act(dream.state, agent.policy.noise(n, generator))
-            solved |= dream.step(chunk, rand(length, n, groups))[1]
-        wins, total = wins + int(solved.sum()), total + n
+            chunk = agent.act(dream.state, agent.policy.noise(n, generator)[:, mine])
+            solved |= dream.step(chunk, rand(length, n, groups)[:, mine])[1]
+        wins, total = wins + int(parallel.gather(solved.float()).sum()), total + n
     return wins / total
 
 
@@ -253,14 +286,16 @@ def _env_steps() -> int:
 def make_dream(
     config: Config, model: WorldModel, success: SuccessFunction, starts: dict[str, Tensor]
 ) -> Dream:
-    """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]`."""
+    """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]`; this
+    process's share of `n_dreams`."""
     c = config.finetune
+    share = parallel.share(c.n_dreams, "finetune.n_dreams")
     return Dream(
         model,
         success,
         starts["robot_obs"],
         starts["scene_obs"],
-        c.n_dreams,
+        share.stop - share.start,
         c.max_episode_steps,
         c.per_step_reward,
     )
@@ -280,52 +315,64 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
     return Finetuner(config, model, base, make_dream(config, model, success, starts))
 
 
+def _try_in_simulator(tuner: Finetuner, config: Config, metrics: dict[str, float]) -> None:
+    """Add the success in the simulator, from validation starts, to what is logged."""
+    from diwa.phases.evaluate import evaluate_agent, task_starts
+
+    c = config.finetune
+    agent = Agent(tuner.world_model, tuner.actor, tuner.base, tuner.config.ft_denoising_steps)
+    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
+    metrics["finetune/real_success"] = float(evaluate_agent(agent, config, starts).mean())
+
+
+def _iterate(tuner: Finetuner, config: Config, phase: Phase) -> dict[str, float]:
+    """All iterations; the success in dreams before and after."""
+    c, generators = config.finetune, {"dreams": tuner.generator}
+    extra = phase.restore(tuner.modules(), generators)
+    if "imagined_start" not in extra:
+        extra = {"imagined_start": tuner.imagined_success(c.imagined_eval)}
+    for i in range(phase.start, c.iterations):
+        metrics = tuner.iteration(i)
+        if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
+            parallel.on_main(partial(_try_in_simulator, tuner, config, metrics))
+        phase.log(i, metrics)
+        if (i + 1) % CHECKPOINT_EVERY == 0 and i + 1 < c.iterations:
+            phase.checkpoint(i + 1, tuner.modules(), generators, extra)
+    return {**extra, "imagined_final": tuner.imagined_success(c.imagined_eval)}
+
+
 def finetune(config: Config, run: RunFolder) -> dict:
     """Fine-tune in imagination; writes `finetune/` with the actor's weights.
+
+    In the processes of `torchrun`, called by all of them inside `parallel.session`.
 
     The phase takes no environment step. With `eval_every` > 0 the policy is also tried in the
     simulator now and then, from validation starts, only to report it beside the dream; nothing is
     selected by it.
 
     Raises:
-        RunError: a loss is not finite, or the training itself stepped a simulator.
+        RunError: a loss is not finite, the training itself stepped a simulator, or the processes
+            cannot divide dreams or minibatches equally.
+        DeviceMemoryError: the GPU is too small for the dreams; says how many would fit.
     """
     c = config.finetune
     with run.phase("finetune", c.iterations, "finetune/imagined_success") as phase:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        from diwa.phases.evaluate import evaluate_agent, task_starts
-
         before = _env_steps()
         tuner = _build(config, run)
-        generators = {"dreams": tuner.generator}
-        extra = phase.restore(tuner.modules(), generators)
-        start_success = extra.get("imagined_start", None)
-        if start_success is None:
-            start_success = tuner.imagined_success(c.imagined_eval)
-        for i in range(phase.start, c.iterations):
-            metrics = tuner.iteration(i)
-            if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
-                kf = tuner.config.ft_denoising_steps
-                agent = Agent(tuner.world_model, tuner.actor, tuner.base, kf)
-                starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
-                wins = evaluate_agent(agent, config, starts)
-                metrics["finetune/real_success"] = float(wins.mean())
-            phase.log(i, metrics)
-            if (i + 1) % CHECKPOINT_EVERY == 0 and i + 1 < c.iterations:
-                extra = {"imagined_start": start_success}
-                phase.checkpoint(i + 1, tuner.modules(), generators, extra)
-        final_success = tuner.imagined_success(c.imagined_eval)
+        with memory_advice(c, tuner.actor, tuner.world_model):
+            success = _iterate(tuner, config, phase)
         steps = _env_steps() - before
         if steps:
             raise RunError(f"fine-tuning took {steps} environment steps; it must take none")
         actor = tuner.actor.requires_grad_(False)
-        save_policy(phase.dir, actor, tuner.config.ft_denoising_steps)
+        kf = tuner.config.ft_denoising_steps
+        parallel.on_main(partial(save_policy, phase.dir, actor, kf))
         return phase.finish(
             {
-                "imagined_start": start_success,
-                "imagined_final": final_success,
+                **success,
                 "finetune_env_steps": steps,
                 "imagined_steps": c.iterations * c.n_dreams * c.n_chunks * tuner.actor.config.chunk,
             }

@@ -46,7 +46,13 @@ class PPOTerms(NamedTuple):
 
 
 def ppo_loss(
-    new: Tensor, old: Tensor, advantage: Tensor, discount: Tensor, clip: Tensor
+    new: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    discount: Tensor,
+    clip: Tensor,
+    *,
+    population: Tensor | None = None,
 ) -> PPOTerms:
     """Clipped policy loss with per-denoising-step discount and clip range.
 
@@ -56,8 +62,11 @@ def ppo_loss(
         advantage: `[M]`, normalised here (unbiased deviation).
         discount: `[Kf]`, see `denoising_discount`.
         clip: `[Kf]`, see `clip_schedule`.
+        population: advantages of the whole minibatch, whose mean and deviation count, where these
+            rows are a part of it; None if they are all.
     """
-    normed = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    whole = advantage if population is None else population
+    normed = (advantage - whole.mean()) / (whole.std() + 1e-8)
     weighted = normed[:, None] * discount
     log_ratio = new - old
     ratio = log_ratio.exp()
