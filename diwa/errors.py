@@ -17,3 +17,7 @@ class CheckpointError(DiwaError):
 
 class StoreError(DiwaError):
     """An episode store that is missing, truncated or of the wrong shape."""
+
+
+class SimulatorError(DiwaError):
+    """A simulator that is missing, or that cannot be started here."""

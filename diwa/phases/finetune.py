@@ -245,7 +245,7 @@ def imagined_success(
 
 def _env_steps() -> int:
     """Simulator steps this process has taken; a simulator that is not imported has taken none."""
-    simulator = sys.modules.get("diwa.envs.playtable")
+    simulator = sys.modules.get("diwa.envs.simulator")
     return simulator.env_steps_taken() if simulator else 0
 
 
@@ -307,7 +307,7 @@ def finetune(config: Config, run: RunFolder) -> dict:
             metrics = tuner.iteration(i)
             if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
                 agent = Agent(tuner.world_model, tuner.actor, tuner.base, c.ft_denoising_steps)
-                starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
+                starts = task_starts(config, c.eval_episodes, VALIDATION_STARTS)
                 wins = evaluate_agent(agent, config, starts)
                 metrics["finetune/real_success"] = float(wins.mean())
             phase.log(i, metrics)
