@@ -203,10 +203,9 @@ class CalvinEnv(Simulator):
         self._client = self._env.cid
         self.robot = CalvinArm(self._env.robot)
         self._fixed = self._env.scene.fixed_objects[0]
-        self._fixture_joints = [
-            part.joint_index
-            for part in (*self._env.scene.doors, *self._env.scene.buttons, *self._env.scene.switches)
-        ]
+        scene = self._env.scene
+        moving = (*scene.doors, *scene.buttons, *scene.switches)  # the order of scene_obs
+        self._fixture_joints = [part.joint_index for part in moving]
         self._made_cameras: dict[tuple[str, int], Any] = {}
         self._fresh = bullet.saveState(physicsClientId=self._client)
 
@@ -221,6 +220,9 @@ class CalvinEnv(Simulator):
         env = hydra.utils.instantiate(
             config.env, use_egl=egl, show_gui=False, use_vr=False, use_scene_info=False
         )
+        robot = env.robot  # reading a number from OmegaConf's lists costs more than using it
+        robot.arm_joint_ids = list(robot.arm_joint_ids)
+        robot.gripper_joint_ids = list(robot.gripper_joint_ids)
         env.cameras = []  # it would draw all of them at every step; pictures are made when needed
         # Its destructor prints and disconnects a client that may by then be somebody else's.
         env.close = lambda: None
@@ -231,7 +233,11 @@ class CalvinEnv(Simulator):
     def _advance(self, action: NDArray[np.float64]) -> None:
         # Anything but exactly one of these is an AssertionError there.
         action[6] = 1.0 if action[6] >= 0 else -1.0
-        self._env.step(action)
+        env = self._env
+        env.robot.apply_action(action)
+        for _ in range(env.action_repeat):
+            env.p.stepSimulation(physicsClientId=env.cid)
+        env.scene.step()  # all of env.step but the observation, which it makes twice over
 
     def _set_state(self, robot: NDArray[np.float64], scene: NDArray[np.float64]) -> None:
         env, client = self._env, self._client

@@ -20,11 +20,13 @@ from diwa.stats import wilson_interval
 ENVS_PER_WORKER = 4
 
 
-def task_starts(config: Config, n: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """n starts of the run's task in its simulator: `robot_obs [n, 15]`, `scene_obs [n, 24]`."""
+def task_starts(
+    task: str, n: int, seed: int, simulator: str = "playtable"
+) -> dict[str, NDArray[np.float32]]:
+    """n start observations of a task: `robot_obs [n, 15]`, `scene_obs [n, 24]`."""
     from diwa.envs.starts import make_starts
 
-    return make_starts(config.task, n, seed, config.env)
+    return make_starts(task, n, seed, simulator)
 
 
 class Slots:
@@ -103,9 +105,7 @@ def evaluate_agent(
     total, limit = len(starts["robot_obs"]), config.evaluate.max_episode_steps
     count = min(config.evaluate.workers * ENVS_PER_WORKER, total)
     shares = [list(range(i, total, count)) for i in range(count)]
-    envs = queued_envs(
-        config.task, starts, shares, limit, AutoresetMode.NEXT_STEP, config.env
-    )
+    envs = queued_envs(config.task, starts, shares, limit, AutoresetMode.NEXT_STEP, config.env)
     success = np.zeros(total, dtype=bool)
     finished = np.zeros(total, dtype=bool)
     slots = Slots(agent, count, limit, seed)
@@ -159,7 +159,7 @@ def evaluate_run(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        starts = task_starts(config, config.evaluate.episodes, TEST_STARTS)
+        starts = task_starts(config.task, config.evaluate.episodes, TEST_STARTS, config.env)
         result: dict[str, Any] = {}
         for i, (name, agent) in enumerate(load_agents(config, run).items()):
             wins = evaluate_agent(agent, config, starts, seed=config.seed)

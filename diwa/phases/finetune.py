@@ -307,7 +307,7 @@ def finetune(config: Config, run: RunFolder) -> dict:
             metrics = tuner.iteration(i)
             if c.eval_every and (i + 1) % c.eval_every == 0 and i + 1 < c.iterations:
                 agent = Agent(tuner.world_model, tuner.actor, tuner.base, c.ft_denoising_steps)
-                starts = task_starts(config, c.eval_episodes, VALIDATION_STARTS)
+                starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS, config.env)
                 wins = evaluate_agent(agent, config, starts)
                 metrics["finetune/real_success"] = float(wins.mean())
             phase.log(i, metrics)

@@ -23,7 +23,7 @@ def _train(
     from diwa.phases.evaluate import evaluate_agent, task_starts
 
     c = config.online
-    starts = task_starts(config, c.eval_episodes, VALIDATION_STARTS)
+    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS, config.env)
     evaluations: list[dict[str, float]] = []
     number = 0
     while True:
