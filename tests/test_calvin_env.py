@@ -214,7 +214,7 @@ def test_same_numbers_as_playtable(env):
     assert spaces == (table.observation_space, table.action_space)
     table.close()
     np.testing.assert_allclose(ours["robot_obs"], theirs["robot_obs"], atol=2e-3)
-    np.testing.assert_allclose(ours["scene_obs"], theirs["scene_obs"], atol=2e-3)
+    np.testing.assert_allclose(ours["scene_obs"], theirs["scene_obs"], atol=5e-3)  # blocks of mesh
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
         k: (v.shape, v.dtype) for k, v in theirs.items()
     }
@@ -271,7 +271,7 @@ def test_episodes_repeat_exactly(env):
         return np.array(seen)
 
     first = episode()
-    assert np.array_equal(first, episode())
+    assert all(np.array_equal(first, episode()) for _ in range(2))
 
 
 @clone

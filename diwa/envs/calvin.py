@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -66,12 +65,13 @@ def calvin_root() -> Path:
     raise SimulatorError(f"{problem}.\n{HELP}")
 
 
-def _import(root: Path) -> ModuleType:
-    """`calvin_env.envs.play_table_env` of the clone at `root`.
+def import_calvin() -> Path:
+    """Imports the clone's `calvin_env.envs.play_table_env` and returns the clone's folder.
 
     Raises:
-        SimulatorError: a dependency is missing, or another calvin_env is loaded already.
+        SimulatorError: there is no clone, a dependency is missing, or another clone is loaded.
     """
+    root = calvin_root()
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git program is no error here
     sys.path.insert(0, str(root))
     try:
@@ -89,7 +89,7 @@ def _import(root: Path) -> ModuleType:
         raise SimulatorError(f"calvin_env was loaded from {module.__file__}, not from {root}")
     # It asks git for its commit, which fails in an archive and in a folder of another user.
     module.get_git_commit_hash = lambda path: "unknown"  # type: ignore[attr-defined]
-    return module
+    return root
 
 
 def _settings(root: Path) -> Any:
@@ -189,7 +189,6 @@ class CalvinEnv(Simulator):
     ) -> None:
         self._env: Any = None
         super().__init__(task, cameras, image_size, max_episode_steps, render_mode)
-        root = calvin_root()
         if renderer == "egl" and not egl_works():
             raise SimulatorError("the EGL renderer does not start here; use renderer='cpu'")
         if bullet.isConnected(0):
@@ -197,9 +196,9 @@ class CalvinEnv(Simulator):
                 "CALVIN must be the first simulator of a process and the only one of its kind: "
                 "close() the other one before, or use one process for each"
             )
-        module, self._config = _import(root), _settings(root)
+        self._config = _settings(import_calvin())
         with quiet():
-            self._env = self._build(module, egl=renderer == "egl")
+            self._env = self._build(egl=renderer == "egl")
         self._client = self._env.cid
         self.robot = CalvinArm(self._env.robot)
         self._fixed = self._env.scene.fixed_objects[0]
@@ -207,9 +206,14 @@ class CalvinEnv(Simulator):
         moving = (*scene.doors, *scene.buttons, *scene.switches)  # the order of scene_obs
         self._fixture_joints = [part.joint_index for part in moving]
         self._made_cameras: dict[tuple[str, int], Any] = {}
+        # Blocks wait where they touch nothing: from there, no reset inherits their contacts.
+        for k, block in enumerate(scene.movable_objects):
+            bullet.resetBasePositionAndOrientation(
+                block.uid, (2.0 + k, 0.0, 1.0), (0, 0, 0, 1), physicsClientId=self._client
+            )
         self._fresh = bullet.saveState(physicsClientId=self._client)
 
-    def _build(self, module: ModuleType, egl: bool) -> Any:
+    def _build(self, egl: bool) -> Any:
         import hydra
 
         config = self._config.copy()

@@ -64,6 +64,9 @@ def queued_envs(
         simulator: its name.
     """
     # The fork server imports torch and the simulator once, not once per environment.
-    multiprocessing.set_forkserver_preload([f"diwa.envs.{simulator}", "diwa.envs.queue"])
+    modules = ["diwa.envs.queue", "diwa.envs.playtable"]
+    if simulator == "calvin":
+        modules.append("diwa.envs.calvin_preload")
+    multiprocessing.set_forkserver_preload(modules)
     makers = [partial(_make, simulator, task, starts, order, max_steps) for order in orders]
     return AsyncVectorEnv(makers, autoreset_mode=autoreset, context="forkserver")
