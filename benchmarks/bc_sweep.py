@@ -71,7 +71,7 @@ def measure(run: RunFolder, episodes: int, new_base: bool) -> dict[str, Any]:
         return row
     pretrain(config, run)
     result = finetune(config, run)
-    starts = task_starts(config.task, episodes, TEST_STARTS)
+    starts = task_starts(config.task, episodes, TEST_STARTS, config.env)
     agents = load_agents(config, run)
     real = {
         name: summary(evaluate_agent(agent, config, starts, seed=config.seed))
@@ -98,7 +98,7 @@ def base_success(run: RunFolder, episodes: int) -> dict[str, Any]:
     file = run.path / "base.json"
     if file.exists() and (found := json.loads(file.read_text()))["n"] == episodes:
         return found
-    starts = task_starts(run.config.task, episodes, TEST_STARTS)
+    starts = task_starts(run.config.task, episodes, TEST_STARTS, run.config.env)
     agent = load_agents(run.config, run)["base"]
     found = summary(evaluate_agent(agent, run.config, starts, seed=run.config.seed))
     write_json(file, found)

@@ -40,7 +40,7 @@ def baseline(folder: Path, limit: int) -> str:
     config = from_dict(Config, {**json.loads((folder / "config.json").read_text()), **here})
     write_json(folder / "config.json", to_dict(config))
     run = RunFolder(folder, config, quiet=True)
-    starts = task_starts(config.task, config.online.eval_episodes, VALIDATION_STARTS)
+    starts = task_starts(config.task, config.online.eval_episodes, VALIDATION_STARTS, config.env)
     target = float(evaluate_agent(load_agents(config, run)["finetuned"], config, starts).mean())
     online = dataclasses.replace(config.online, target_success=target, max_env_steps=limit)
     result = finetune_online(dataclasses.replace(config, online=online), run)

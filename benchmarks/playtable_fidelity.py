@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from diwa.data.collect import collect_play
+from diwa.envs import make_env
 from diwa.envs.experts import Expert
 from diwa.envs.playtable import PlayTable
-from diwa.envs.starts import make_starts
+from diwa.envs.starts import make_starts, sample_starts
 from diwa.envs.tasks import BULB, BUTTON, LED, RULES, SWITCH, TASKS, task_success
 from diwa.info import versions
 
@@ -80,11 +81,11 @@ def free_motion(env: PlayTable, rollouts: Any) -> dict[str, float]:
     return {"tcp_error_mean": float(errors.mean()), "tcp_error_max": float(errors.max())}
 
 
-def experts(n: int) -> dict[str, Any]:
+def experts(n: int, simulator: str = "playtable") -> dict[str, Any]:
     """Share and length of the skills solved by the scripted experts from `n` random starts."""
-    env, found = PlayTable(), {}
+    env, found = make_env(simulator), {}
     for task in TASKS:
-        starts, lengths = make_starts(task, n, seed=0), []
+        starts, lengths = sample_starts(env, task, n, seed=0), []
         for k in range(n):
             rng = np.random.default_rng(k)
             env.reset(options={"task": task, **{key: value[k] for key, value in starts.items()}})
@@ -98,7 +99,7 @@ def experts(n: int) -> dict[str, Any]:
         found[task] = {
             "share_solved": len(lengths) / n,
             "n": n,
-            "steps_mean": float(np.mean(lengths)),
+            "steps_mean": float(np.mean(lengths)) if lengths else None,
         }
     env.close()
     return found

@@ -36,7 +36,7 @@ import numpy as np
 
 from diwa.checkpoint import write_json
 from diwa.config import Config, from_dict, to_dict
-from diwa.envs.tasks import TASKS
+from diwa.envs import SIMULATORS, TASKS
 from diwa.phases.evaluate import summary
 from diwa.presets import PRESETS
 from diwa.run import RunFolder
@@ -47,7 +47,7 @@ STAGES = ("collect", "learn", "evaluate", "summarise")
 
 def base_config(args: argparse.Namespace) -> Config:
     """Configuration of the shared play and world model."""
-    return dataclasses.replace(PRESETS[args.preset], device=args.device, threads=1)
+    return dataclasses.replace(PRESETS[args.preset], env=args.env, device=args.device, threads=1)
 
 
 def base_run(args: argparse.Namespace) -> RunFolder:
@@ -74,8 +74,9 @@ def training_of(base: Path) -> list[dict[str, Any]]:
 
 def skill_config(args: argparse.Namespace, task: str, seed: int) -> Config:
     """Configuration of one skill and seed."""
-    from_run = str(args.folder / "base")
-    return dataclasses.replace(base_config(args), task=task, seed=seed, from_run=from_run)
+    base, from_run = base_config(args), str(args.folder / "base")
+    collect = dataclasses.replace(base.collect, demos=dict(args.demos).get(task, 0))
+    return dataclasses.replace(base, task=task, seed=seed, from_run=from_run, collect=collect)
 
 
 def skill_folder(args: argparse.Namespace, task: str, seed: int) -> Path:
@@ -200,11 +201,20 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def demos_of_task(text: str) -> tuple[str, int]:
+    """`open_drawer=2` -> (`open_drawer`, 2)."""
+    task, _, number = text.partition("=")
+    if task not in TASKS or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=NUMBER")
+    return task, int(number)
+
+
+def make_parser(description: str, stages: tuple[str, ...] = STAGES) -> argparse.ArgumentParser:
+    """Command line of this and similar benchmarks."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, default=Path("runs/skills"))
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--stage", choices=(*stages, "all"), default="all")
+    parser.add_argument("--env", choices=tuple(SIMULATORS), default="playtable")
     parser.add_argument("--preset", default="medium", choices=sorted(PRESETS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -213,6 +223,15 @@ def parse() -> argparse.Namespace:
         "--second-seed-tasks", nargs="*", choices=TASKS, help="skills that run all seeds, not one"
     )
     parser.add_argument("--jobs", type=int, default=2, help="skills that learn at the same time")
+    parser.add_argument(
+        "--demos", nargs="*", type=demos_of_task, default=[], metavar="TASK=NUMBER",
+        help="demonstrations of a skill, instead of those in diwa.skills",
+    )  # fmt: skip
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with `pairs` of skill and seed."""
     args = parser.parse_args()
     args.folder = args.folder.resolve()
     repeated = args.tasks if args.second_seed_tasks is None else args.second_seed_tasks
@@ -225,10 +244,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Run the chosen stages."""
-    args = parse()
-    stages = STAGES if args.stage == "all" else (args.stage,)
+def run_stages(args: argparse.Namespace, stages: tuple[str, ...]) -> None:
+    """Collecting, learning and evaluating, as far as chosen."""
     if "collect" in stages:
         collect_stage(args)
     if "learn" in stages:
@@ -236,15 +253,26 @@ def main() -> None:
         for_all(args, learn_one, args.jobs)
     if "evaluate" in stages:
         for_all(args, evaluate_one, 1)
+
+
+def publish(result: dict[str, Any], path: Path) -> None:
+    """Write a result and print it as a table."""
+    write_json(path, result)
+    for task, t in result["tasks"].items():
+        print(
+            f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}"
+            f"  dream {t['imagined_start']:.2f} -> {t['imagined_final']:.2f}"
+        )
+    print(f"mean gain {result['mean_gain']:+.3f}, mean gap {result['mean_gap']:.3f}")
+
+
+def main() -> None:
+    """Run the chosen stages."""
+    args = parse(make_parser(__doc__.splitlines()[0]))
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    run_stages(args, stages)
     if "summarise" in stages:
-        result = summarise(args)
-        write_json(RESULT, result)
-        for task, t in result["tasks"].items():
-            print(
-                f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}"
-                f"  dream {t['imagined_start']:.2f} -> {t['imagined_final']:.2f}"
-            )
-        print(f"mean gain {result['mean_gain']:+.3f}, mean gap {result['mean_gap']:.3f}")
+        publish(summarise(args), RESULT)
 
 
 if __name__ == "__main__":

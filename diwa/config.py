@@ -16,7 +16,7 @@ from diwa.skills import TaskName
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Play and demonstrations, collected by scripted experts in the embedded simulator."""
+    """Play and demonstrations, collected by scripted experts in the simulator."""
 
     play_transitions: int = 40_000
     """Transitions of task-agnostic play (contains misses and half-finished attempts)."""
@@ -260,8 +260,8 @@ class Config:
     """Preset the other values started from: tiny, small, medium or paper."""
     task: TaskName = "turn_on_led"
     """Skill to improve."""
-    env: Literal["playtable"] = "playtable"
-    """Simulator."""
+    env: Literal["playtable", "calvin"] = "playtable"
+    """Simulator: the embedded one, or CALVIN from the clone that CALVIN_ENV_ROOT names."""
     seed: int = 0
     """Everything random follows from it."""
     device: str = "cpu"

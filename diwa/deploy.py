@@ -258,7 +258,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 class SimulatedRobot:
-    """A Gymnasium simulator, such as `PlayTable`, as a robot.
+    """A Gymnasium simulator, such as `PlayTable` or `CalvinEnv`, as a robot.
 
     Args:
         env: the simulator; its observations hold `robot_obs` and `scene_obs`.

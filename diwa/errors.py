@@ -25,3 +25,7 @@ class DeviceError(DiwaError):
 
 class DeviceMemoryError(DeviceError):
     """A GPU has not enough memory; the message says what would fit."""
+
+
+class SimulatorError(DiwaError):
+    """A simulator that is missing, or that cannot be started here."""

@@ -19,7 +19,7 @@ from .envs.starts import BLOCK_SLOTS
 from .run import RunFolder
 
 if TYPE_CHECKING:
-    from .envs.playtable import PlayTable
+    from .envs.simulator import Simulator
 
 Frames = list[Any]  # of uint8 [h, w, 3]
 Act = Callable[[torch.Tensor, torch.Tensor], NDArray[np.float32]]
@@ -31,9 +31,10 @@ DREAMS = 3
 
 def film_all(run: RunFolder, folder: Path) -> None:
     """Film what the run has data for into `folder`."""
-    from .envs.playtable import PlayTable
+    from .envs import make_env
 
-    env = PlayTable(task=run.config.task, max_episode_steps=run.config.evaluate.max_episode_steps)
+    limit = run.config.evaluate.max_episode_steps
+    env = make_env(run.config.env, task=run.config.task, max_episode_steps=limit)
     try:
         if (run.dir("evaluate") / "result.json").exists() and run.config.evaluate.videos:
             write_video(folder / "before_after.mp4", _before_after(run, env))
@@ -70,7 +71,7 @@ def _framed(picture: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[
     return out
 
 
-def film_episode(env: PlayTable, act: Act, robot_obs: Any, scene_obs: Any) -> Frames:
+def film_episode(env: Simulator, act: Act, robot_obs: Any, scene_obs: Any) -> Frames:
     """Film one episode of the simulator.
 
     Args:
@@ -88,7 +89,7 @@ def film_episode(env: PlayTable, act: Act, robot_obs: Any, scene_obs: Any) -> Fr
     return frames
 
 
-def film_states(env: PlayTable, robot_obs: Any, scene_obs: Any) -> Frames:
+def film_states(env: Simulator, robot_obs: Any, scene_obs: Any) -> Frames:
     """Pictures of the states `robot_obs [T, 15]`, `scene_obs [T, 24]`, as they are."""
     frames = []
     for robot, scene in zip(robot_obs, scene_obs, strict=True):
@@ -104,12 +105,13 @@ def choose_starts(base: Sequence[bool], finetuned: Sequence[bool], n: int) -> li
     return (changed + others)[:n]
 
 
-def _before_after(run: RunFolder, env: PlayTable) -> Frames:
+def _before_after(run: RunFolder, env: Simulator) -> Frames:
+    from .envs.starts import sample_starts
     from .phases.collect import TEST_STARTS
-    from .phases.evaluate import Slots, load_agents, task_starts
+    from .phases.evaluate import Slots, load_agents
 
     config, result = run.config, run.result("evaluate")
-    starts = task_starts(config.task, config.evaluate.episodes, TEST_STARTS)
+    starts = sample_starts(env, config.task, config.evaluate.episodes, TEST_STARTS)
     agents = load_agents(config, run)
     outcomes = [result[name]["episodes"] for name in agents]
     frames: Frames = []
@@ -124,7 +126,7 @@ def _before_after(run: RunFolder, env: PlayTable) -> Frames:
     return frames
 
 
-def _dream(run: RunFolder, env: PlayTable) -> Frames:
+def _dream(run: RunFolder, env: Simulator) -> Frames:
     from .envs.tasks import RULES
     from .nn.encoders import FIXTURES
     from .plots import most_moving

@@ -1,4 +1,4 @@
-"""Recording in PlayTable: play for the world model, demonstrations for the policy.
+"""Recording in a simulator: play for the world model, demonstrations for the policy.
 
 Play must contain failures. A policy that is fine-tuned inside the world model finds every place
 where the model has only ever seen success, so about half of the attempts here miss, slip, stop half
@@ -22,7 +22,7 @@ from diwa.data.store import Episode
 from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, TASKS, check_task, task_success
 
 if TYPE_CHECKING:
-    from diwa.envs.playtable import PlayTable
+    from diwa.envs.simulator import Simulator
 
 ProgressFn = Callable[[int, int], None]
 """Called with (done, total): transitions for play, episodes for demonstrations."""
@@ -32,13 +32,13 @@ NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
 GOOD_SHARE = 0.40  # of the attempts: small aim error, whole stroke
 FREE_LOW, FREE_HIGH = (-0.18, -0.34, 0.50), (0.28, -0.08, 0.68)
 
-_env: PlayTable | None = None  # one per worker process
+_env: Simulator | None = None  # one per worker process
 
 
 class _Recorder:
     """Steps an environment and keeps what it saw; `full` once `limit` actions were taken."""
 
-    def __init__(self, env: PlayTable, start: dict[str, NDArray], limit: int) -> None:
+    def __init__(self, env: Simulator, start: dict[str, NDArray], limit: int) -> None:
         self.env, self.limit = env, limit
         observation, _ = env.reset(options=start)
         self.robot, self.scene = [observation["robot_obs"]], [observation["scene_obs"]]
@@ -151,22 +151,29 @@ def _burst(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str])
         left -= hold
 
 
-def _worker_env() -> PlayTable:
+def _worker_env(simulator: str) -> Simulator:
     global _env
     if _env is None:
-        from diwa.envs.playtable import PlayTable
+        from diwa.envs import make_env
 
-        _env = PlayTable(max_episode_steps=10**9)
+        _env = make_env(simulator, max_episode_steps=10**9)
     return _env
 
 
-def _play_episode(job: tuple[int, int, int], skills: Sequence[str]) -> Episode:
+def _close_env() -> None:
+    global _env
+    if _env is not None:
+        _env.close()
+        _env = None
+
+
+def _play_episode(job: tuple[int, int, int], skills: Sequence[str], simulator: str) -> Episode:
     """One play episode of some skills: (seed, episode number, length)."""
     from diwa.envs.starts import sample_start
 
     seed, number, length = job
     rng = np.random.default_rng((seed, number, 1))
-    env = _worker_env()
+    env = _worker_env(simulator)
     recorder = _Recorder(env, sample_start(env, str(rng.choice(skills)), rng), length)
     while not recorder.full:
         kind = rng.random()
@@ -180,14 +187,19 @@ def _play_episode(job: tuple[int, int, int], skills: Sequence[str]) -> Episode:
 
 
 def _demo(
-    job: tuple[str, int, int], noise: float, jitter: float, after: int, max_steps: int
+    job: tuple[str, int, int],
+    noise: float,
+    jitter: float,
+    after: int,
+    max_steps: int,
+    simulator: str,
 ) -> Episode:
     """One successful demonstration: (task, seed, episode number). Failed tries are thrown away."""
     from diwa.envs.experts import Expert
     from diwa.envs.starts import sample_start
 
     task, seed, number = job
-    env = _worker_env()
+    env = _worker_env(simulator)
     for attempt in range(20):
         rng = np.random.default_rng((seed, TASKS.index(task), number, attempt))
         recorder = _Recorder(env, sample_start(env, task, rng), max_steps)
@@ -218,7 +230,10 @@ def _ignore_interrupt() -> None:
 def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
     """Results in the order of `jobs`, from this process (workers <= 1) or a spawned pool."""
     if workers <= 1 or len(jobs) <= 1:
-        yield from map(function, jobs)
+        try:
+            yield from map(function, jobs)
+        finally:
+            _close_env()  # CALVIN tolerates no second simulator in a process
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(jobs)), initializer=_ignore_interrupt) as pool:
@@ -231,6 +246,7 @@ def collect_play(
     workers: int = 2,
     progress: ProgressFn | None = None,
     skills: Sequence[str] = TASKS,
+    simulator: str = "playtable",
 ) -> list[Episode]:
     """Records play: chained attempts, misses, bursts and free motion without resets in between.
 
@@ -240,6 +256,7 @@ def collect_play(
         workers: processes (1: none is started).
         progress: called with (transitions done, `n_transitions`).
         skills: what is attempted; all by default. Fewer make a world model of one fixture cheaper.
+        simulator: its name.
 
     Returns:
         Episodes without task and success flags.
@@ -254,7 +271,8 @@ def collect_play(
         jobs.append((seed, len(jobs), length))
         left -= length
     episodes, done = [], 0
-    record = partial(_play_episode, skills=[check_task(skill) for skill in skills])
+    checked = [check_task(skill) for skill in skills]
+    record = partial(_play_episode, skills=checked, simulator=simulator)
     for episode in _run(record, jobs, workers):
         episodes.append(episode)
         done += len(episode.action)
@@ -273,6 +291,7 @@ def collect_demos(
     steps_after: int = 4,
     max_steps: int = 72,
     progress: ProgressFn | None = None,
+    simulator: str = "playtable",
 ) -> list[Episode]:
     """Records `n` successful expert episodes from random starts, with success flags per frame.
 
@@ -286,12 +305,20 @@ def collect_demos(
         steps_after: actions kept after the first success.
         max_steps: longest episode.
         progress: called with (episodes done, `n`).
+        simulator: its name.
 
     Raises:
         RuntimeError: a start could not be solved in 20 tries.
     """
     jobs = [(check_task(task), seed, number) for number in range(n)]
-    record = partial(_demo, noise=noise, jitter=jitter, after=steps_after, max_steps=max_steps)
+    record = partial(
+        _demo,
+        noise=noise,
+        jitter=jitter,
+        after=steps_after,
+        max_steps=max_steps,
+        simulator=simulator,
+    )
     episodes: list[Episode] = []
     for episode in _run(record, jobs, workers):
         episodes.append(episode)

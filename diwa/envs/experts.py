@@ -17,7 +17,7 @@ from diwa.envs.table_model import UP_SLOPE
 from diwa.envs.tasks import check_task
 
 if TYPE_CHECKING:
-    from diwa.envs.playtable import PlayTable
+    from diwa.envs.simulator import Simulator
 
 DOWN = np.array([np.pi, 0.0, np.pi / 2])
 """Euler angles of a tool that points straight down, fingers opening along world x."""
@@ -39,13 +39,13 @@ def _lean(angle: float) -> NDArray[np.float64]:
     return DOWN + [0.0, -angle, 0.0]
 
 
-def _button(env: PlayTable, travel: float) -> tuple[list, list]:
+def _button(env: Simulator, travel: float) -> tuple[list, list]:
     top = env.link_position("button_base") + [0.0, 0.0, 0.02]
     above, press = top + [0, 0, 0.09], top + [0, 0, 0.07 - 0.052 * travel]
     return [(above, DOWN)], [(press, DOWN), (above, DOWN)]
 
 
-def _drawer(env: PlayTable, travel: float, opening: bool) -> tuple[list, list]:
+def _drawer(env: Simulator, travel: float, opening: bool) -> tuple[list, list]:
     joint = env.fixtures()[1]
     # The bar spans 24 to 26 cm before the link: dip at 21.5 cm (behind it) or 31.5 cm.
     dip = env.link_position("drawer") + [0.0, -0.215 if opening else -0.315, 0.045]
@@ -55,7 +55,7 @@ def _drawer(env: PlayTable, travel: float, opening: bool) -> tuple[list, list]:
     return [(dip + [0, 0, 0.19], DOWN)], [(dip, DOWN), (end, DOWN), (back, DOWN)]
 
 
-def _slider(env: PlayTable, travel: float, left: bool) -> tuple[list, list]:
+def _slider(env: Simulator, travel: float, left: bool) -> tuple[list, list]:
     side = 1.0 if left else -1.0
     joint = env.fixtures()[0]
     beside = env.link_position("slide") + [0.14 + 0.065 * side, -0.088, -0.005]
@@ -65,7 +65,7 @@ def _slider(env: PlayTable, travel: float, left: bool) -> tuple[list, list]:
     return [(beside + [0, -0.07, 0.09], DOWN)], [(beside, DOWN), (end, DOWN), (end + away, DOWN)]
 
 
-def _switch_on(env: PlayTable, travel: float) -> tuple[list, list]:
+def _switch_on(env: Simulator, travel: float) -> tuple[list, list]:
     up, joint = np.array(UP_SLOPE), env.fixtures()[3]
     lean = _lean(LEAN_ON)
     front = env.link_position("switch") + [0.0, -0.085, 0.022]
@@ -75,7 +75,7 @@ def _switch_on(env: PlayTable, travel: float) -> tuple[list, list]:
     return [(front + [0, -0.06, 0.08], lean)], [(front, lean), (under, lean), *push, away]
 
 
-def _switch_off(env: PlayTable, travel: float) -> tuple[list, list]:
+def _switch_off(env: Simulator, travel: float) -> tuple[list, list]:
     up, joint = np.array(UP_SLOPE), env.fixtures()[3]
     lean = _lean(LEAN_OFF)
     tool = np.array([0.0, np.sin(LEAN_OFF), -np.cos(LEAN_OFF)])
@@ -85,7 +85,7 @@ def _switch_off(env: PlayTable, travel: float) -> tuple[list, list]:
     return [(top + [0, -0.05, 0.03], lean)], [(top, lean), *push, away]
 
 
-def plan(env: PlayTable, task: str, travel: float = 1.0) -> tuple[list, list]:
+def plan(env: Simulator, task: str, travel: float = 1.0) -> tuple[list, list]:
     """Approach and contact poses `(pos [3] m, euler [3] rad)` for a skill from the state now.
 
     `travel` scales the stroke: below 1 it stops half way, above 1 it overshoots.
@@ -106,7 +106,7 @@ class Expert:
     Use `for action in expert: env.step(action)`; the pose is read again before every action.
 
     Args:
-        env: a reset `PlayTable` (only read here).
+        env: a reset simulator (only read here).
         task: one of `TASKS`.
         rng: source of noise and pauses.
         noise: standard deviation added to the six motion numbers (action units).
@@ -121,7 +121,7 @@ class Expert:
 
     def __init__(
         self,
-        env: PlayTable,
+        env: Simulator,
         task: str,
         rng: np.random.Generator,
         noise: float = 0.1,
@@ -198,7 +198,7 @@ def _safe_approach(tcp: NDArray[np.float64], first: tuple) -> list[Waypoint]:
 
 
 def follow(
-    env: PlayTable,
+    env: Simulator,
     goal: Waypoint,
     speed: float = 1.0,
     noise: float = 0.0,

@@ -23,6 +23,7 @@ class OnlineEnv:
         n: episodes side by side N, one process each.
         max_episode_steps: steps after which an episode is truncated.
         seed: of the order of the starts.
+        simulator: its name.
 
     Attributes:
         state: filter states of the N episodes.
@@ -37,6 +38,7 @@ class OnlineEnv:
         n: int,
         max_episode_steps: int,
         seed: int,
+        simulator: str = "playtable",
     ) -> None:
         from gymnasium.vector import AutoresetMode
 
@@ -45,7 +47,9 @@ class OnlineEnv:
         self.world_model, self.n, self.max_episode_steps = world_model, n, max_episode_steps
         rng = np.random.default_rng(seed)
         orders = [rng.integers(len(starts["robot_obs"]), size=10_000).tolist() for _ in range(n)]
-        self.envs = queued_envs(task, starts, orders, max_episode_steps, AutoresetMode.DISABLED)
+        self.envs = queued_envs(
+            task, starts, orders, max_episode_steps, AutoresetMode.DISABLED, simulator
+        )
         self.device = world_model.codec.mean.device
         self.state = world_model.rssm.initial(n)
         self.steps = 0

@@ -7,50 +7,19 @@ made of boxes, the arm comes with PyBullet. Needs `pip install "diwa[sim]"`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pybullet_data
 from numpy.typing import NDArray
 
 from diwa.envs import table_model as model
 from diwa.envs.panda import Panda, panda_urdf
-from diwa.envs.tasks import BUTTON, TASKS, check_task, task_success
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Sends both output streams, C code included, to nowhere: PyBullet announces its build date."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [os.dup(fd) for fd in (1, 2)]
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for fd in (1, 2):
-            os.dup2(sink, fd)
-        yield
-    finally:
-        for fd, old in zip((1, 2), saved, strict=True):
-            os.dup2(old, fd)
-            os.close(old)
-        os.close(sink)
-
-
-try:
-    with _quiet():
-        import gymnasium as gym
-        import pybullet as bullet
-        import pybullet_data
-except ImportError as error:
-    raise ImportError(
-        f'the embedded simulator needs {error.name}: pip install "diwa[sim]"'
-    ) from error
+from diwa.envs.simulator import Simulator, bullet, env_steps_taken
+from diwa.envs.tasks import BUTTON
 
 SUBSTEPS = 8
 TIME_STEP = 1.0 / 240.0
@@ -64,16 +33,6 @@ SOLVER_ROUNDS, SOLVER_RESIDUAL = 30, 1e-5
 _STATIC_EYE = (2.871459, -2.166602, 2.555160)
 _STATIC_TARGET = (-0.026242, -0.030233, 0.392000)
 _STATIC_UP = (0.404140, 0.226298, 0.886262)
-
-_steps_taken = 0
-
-
-def env_steps_taken() -> int:
-    """Control steps simulated by every PlayTable of this process so far.
-
-    Training in imagination must leave this number where it was.
-    """
-    return _steps_taken
 
 
 def _write_once(name: str, content: str | bytes) -> str:
@@ -91,26 +50,10 @@ def _write_once(name: str, content: str | bytes) -> str:
     return str(path)
 
 
-class PlayTable(gym.Env):
-    """One table, one arm, three blocks, one skill to solve.
+class PlayTable(Simulator):
+    """The embedded simulator; arguments, observations, actions and errors are `Simulator`'s."""
 
-    Args:
-        task: one of `TASKS`; `None` gives no reward until `reset(options={"task": ...})`.
-        cameras: add `rgb_static` and `rgb_gripper` to the observation.
-        image_size: edge of both pictures in pixels.
-        max_episode_steps: steps until `truncated`.
-        render_mode: `None` or `"rgb_array"`.
-
-    Observation: `robot_obs` float32 `[15]` and `scene_obs` float32 `[24]` (metres, radians,
-    lamps 0/1), with cameras also two uint8 `[size, size, 3]`. Action: float32 `[7]` in [-1, 1]:
-    motion in units of 2 cm and 0.05 rad added to the running target, gripper open (>= 0) or closed.
-    Reward 1 and `terminated` on success, `info["success"]` says the same.
-
-    Raises:
-        ValueError: unknown task, or a state or action of the wrong shape.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    robot: Panda
 
     def __init__(
         self,
@@ -120,26 +63,9 @@ class PlayTable(gym.Env):
         max_episode_steps: int = 72,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')
-        self.task = None if task is None else check_task(task)
-        self.cameras, self.image_size = cameras, image_size
-        self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
-        box = gym.spaces.Box
-        spaces: dict[str, gym.Space] = {
-            "robot_obs": box(-np.inf, np.inf, (15,), np.float32),
-            "scene_obs": box(-np.inf, np.inf, (24,), np.float32),
-        }
-        if cameras:
-            shape = (image_size, image_size, 3)
-            spaces["rgb_static"] = box(0, 255, shape, np.uint8)
-            spaces["rgb_gripper"] = box(0, 255, shape, np.uint8)
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = box(-1.0, 1.0, (7,), np.float32)
+        super().__init__(task, cameras, image_size, max_episode_steps, render_mode)
         self._client = bullet.connect(bullet.DIRECT)
         self._build()
-        self._steps = 0
-        self._scene_start = np.zeros(24, np.float32)
 
     # ------------------------------------------------------------------ building
 
@@ -229,56 +155,13 @@ class PlayTable(gym.Env):
         ):
             p.changeVisualShape(body, link, textureUniqueId=texture, physicsClientId=client)
 
-    # ------------------------------------------------------------------ gymnasium
+    # ------------------------------------------------------------------ state
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-        """Starts an episode.
-
-        `options` may hold `task`, `robot_obs` `[15]` (joints, width and gripper action
-        count, the tool pose follows from them), `scene_obs` `[24]`; the rest is sampled.
-        """
-        super().reset(seed=seed)
-        options = options or {}
-        if options.get("task") is not None:
-            self.task = check_task(options["task"])
-        robot, scene = options.get("robot_obs"), options.get("scene_obs")
-        if robot is None or scene is None:
-            from diwa.envs.starts import sample_start
-
-            start = sample_start(self, self.task or TASKS[0], self.np_random)
-            robot = start["robot_obs"] if robot is None else robot
-            scene = start["scene_obs"] if scene is None else scene
-        self.set_state(robot, scene)
-        self._steps = 0
-        observation = self._observation()
-        self._scene_start = observation["scene_obs"]
-        return observation, {"success": False, "env_steps": 0, "task": self.task}
-
-    def step(self, action: NDArray) -> tuple[dict[str, NDArray], float, bool, bool, dict[str, Any]]:
-        """One control step (1/30 s). Motions are clipped to [-1, 1]."""
-        global _steps_taken
-        action = np.asarray(action, np.float64)
-        if action.shape != (7,):
-            raise ValueError(f"action must have shape (7,), got {action.shape}")
-        self.robot.apply(np.clip(action, -1.0, 1.0))
+    def _advance(self, action: NDArray[np.float64]) -> None:
+        self.robot.apply(action)
         for _ in range(SUBSTEPS):
             bullet.stepSimulation(physicsClientId=self._client)
         self._update_lamps()
-        self._steps += 1
-        _steps_taken += 1
-        observation = self._observation()
-        success = self.task is not None and bool(
-            task_success(self.task, self._scene_start, observation["scene_obs"])
-        )
-        truncated = self._steps >= self.max_episode_steps
-        info = {"success": success, "env_steps": self._steps, "task": self.task}
-        return observation, float(success), success, truncated and not success, info
-
-    def render(self, size: int = 256) -> NDArray[np.uint8]:
-        """Static camera, uint8 `[size, size, 3]`."""
-        return self._picture(self._static_view, self._static_projection, size)
 
     def close(self) -> None:
         """Disconnects from the physics server; harmless when repeated."""
@@ -286,18 +169,7 @@ class PlayTable(gym.Env):
             bullet.disconnect(self._client)
         self._client = -1
 
-    # ------------------------------------------------------------------ state
-
-    def set_state(self, robot_obs: NDArray, scene_obs: NDArray) -> None:
-        """Puts robot and scene into a recorded state at rest, then takes one physics step.
-
-        Like CALVIN's reset: velocities are zero and the tool pose follows from the joints.
-        """
-        robot, scene = np.asarray(robot_obs, float), np.asarray(scene_obs, float)
-        if robot.shape != (15,) or scene.shape != (24,):
-            raise ValueError(
-                f"robot_obs must be (15,) and scene_obs (24,), got {robot.shape}, {scene.shape}"
-            )
+    def _set_state(self, robot: NDArray[np.float64], scene: NDArray[np.float64]) -> None:
         p, client = bullet, self._client
         p.restoreState(self._fresh, physicsClientId=client)
         # Contacts of the last episode would otherwise live on between bodies that touch again.
@@ -345,22 +217,11 @@ class PlayTable(gym.Env):
             values += bullet.getEulerFromQuaternion(quat)
         return np.array(values, np.float32)
 
-    def _observation(self) -> dict[str, NDArray]:
-        observation: dict[str, NDArray] = {
-            "robot_obs": self.robot.observe().astype(np.float32),
-            "scene_obs": self._scene_obs(),
-        }
-        if self.cameras:
-            size = self.image_size
-            observation["rgb_static"] = self._picture(
-                self._static_view, self._static_projection, size
-            )
-            observation["rgb_gripper"] = self._picture(
-                self.robot.wrist_view(), self._wrist_projection, size
-            )
-        return observation
-
-    def _picture(self, view: list[float], projection: list[float], size: int) -> NDArray[np.uint8]:
+    def _picture(self, camera: str, size: int) -> NDArray[np.uint8]:
+        if camera == "static":
+            view, projection = self._static_view, self._static_projection
+        else:
+            view, projection = self.robot.wrist_view(), self._wrist_projection
         if not self._painted:
             self._paint()
         self._show_lamps()
@@ -382,3 +243,6 @@ class PlayTable(gym.Env):
                 physicsClientId=self._client,
             )  # fmt: skip
         self._lamps_shown = list(self._lamps)
+
+
+__all__ = ["PlayTable", "env_steps_taken"]

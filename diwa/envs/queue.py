@@ -16,7 +16,7 @@ class StartQueue(gymnasium.Wrapper):
     """Every reset begins at the next start of a list; the last one repeats.
 
     Args:
-        env: a PlayTable or another environment with its reset options.
+        env: a simulator, or another environment with its reset options.
         starts: `robot_obs [n, 15]`, `scene_obs [n, 24]`.
         order: indices of the starts, in the order in which they are used.
     """
@@ -36,10 +36,13 @@ class StartQueue(gymnasium.Wrapper):
         return obs, {**info, "start_index": index}
 
 
-def _make(task: str, starts: dict[str, NDArray], order: list[int], max_steps: int) -> StartQueue:
-    from diwa.envs.playtable import PlayTable
+def _make(
+    simulator: str, task: str, starts: dict[str, NDArray], order: list[int], max_steps: int
+) -> StartQueue:
+    from diwa.envs import make_env
 
-    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, order)
+    env = make_env(simulator, task=task, max_episode_steps=max_steps)
+    return StartQueue(env, starts, order)
 
 
 def queued_envs(
@@ -48,6 +51,7 @@ def queued_envs(
     orders: Sequence[list[int]],
     max_steps: int,
     autoreset: AutoresetMode,
+    simulator: str = "playtable",
 ) -> AsyncVectorEnv:
     """One simulator process per order of `starts`, see `StartQueue`.
 
@@ -57,8 +61,12 @@ def queued_envs(
         orders: indices of the starts of every process.
         max_steps: steps after which an episode is truncated.
         autoreset: when a process resets by itself.
+        simulator: its name.
     """
     # The fork server imports torch and the simulator once, not once per environment.
-    multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
-    makers = [partial(_make, task, starts, order, max_steps) for order in orders]
+    modules = ["diwa.envs.queue", "diwa.envs.playtable"]
+    if simulator == "calvin":
+        modules.append("diwa.envs.calvin_preload")
+    multiprocessing.set_forkserver_preload(modules)
+    makers = [partial(_make, simulator, task, starts, order, max_steps) for order in orders]
     return AsyncVectorEnv(makers, autoreset_mode=autoreset, context="forkserver")

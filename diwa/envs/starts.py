@@ -12,7 +12,7 @@ from diwa.envs.table_model import JOINT_UPPER
 from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, SWITCH, check_task
 
 if TYPE_CHECKING:
-    from diwa.envs.playtable import PlayTable
+    from diwa.envs.simulator import Simulator
 
 TCP_LOW, TCP_HIGH = (-0.15, -0.30, 0.52), (0.25, -0.12, 0.66)
 TILT_SD = 0.05
@@ -50,7 +50,7 @@ def sample_scene(task: str, rng: np.random.Generator) -> NDArray[np.float32]:
     return scene.astype(np.float32)
 
 
-def reach_pose(env: PlayTable, pos: NDArray, euler: NDArray) -> NDArray[np.float64] | None:
+def reach_pose(env: Simulator, pos: NDArray, euler: NDArray) -> NDArray[np.float64] | None:
     """Joints `[7]` (rad) that put the tool at a pose, or `None` if it is missed by over 3 mm.
 
     Moves the arm of `env` while searching; set a state afterwards.
@@ -65,7 +65,7 @@ def reach_pose(env: PlayTable, pos: NDArray, euler: NDArray) -> NDArray[np.float
     return joints if np.linalg.norm(env.robot.target_pos - pos) < REACHED else None
 
 
-def sample_robot(env: PlayTable, rng: np.random.Generator) -> NDArray[np.float32]:
+def sample_robot(env: Simulator, rng: np.random.Generator) -> NDArray[np.float32]:
     """A random robot_obs `[15]`: tool over the table pointing down, fingers open or closed.
 
     Raises:
@@ -84,7 +84,7 @@ def sample_robot(env: PlayTable, rng: np.random.Generator) -> NDArray[np.float32
     return robot.astype(np.float32)
 
 
-def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[str, NDArray]:
+def sample_start(env: Simulator, task: str, rng: np.random.Generator) -> dict[str, NDArray]:
     """A start for `task`, for `reset`: `robot_obs` `[15]`, `scene_obs` `[24]` float32.
 
     Leaves `env` in an undefined state: reset it with what is returned.
@@ -93,13 +93,21 @@ def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[st
     return {"robot_obs": sample_robot(env, rng), "scene_obs": scene}
 
 
-def make_starts(task: str, n: int, seed: int) -> dict[str, NDArray]:
-    """`n` starts, the same for a seed: `robot_obs` `[n, 15]`, `scene_obs` `[n, 24]`."""
-    from diwa.envs.playtable import PlayTable
+def sample_starts(env: Simulator, task: str, n: int, seed: int) -> dict[str, NDArray]:
+    """`n` starts, the same for a seed: `robot_obs` `[n, 15]`, `scene_obs` `[n, 24]`.
 
-    env = PlayTable()
+    Leaves `env` in an undefined state: reset it with one of what is returned.
+    """
+    found = [sample_start(env, task, np.random.default_rng((seed, k))) for k in range(n)]
+    return {key: np.stack([start[key] for start in found]) for key in ("robot_obs", "scene_obs")}
+
+
+def make_starts(task: str, n: int, seed: int, simulator: str = "playtable") -> dict[str, NDArray]:
+    """`sample_starts` in a simulator of its own, given by name."""
+    from diwa.envs import make_env
+
+    env = make_env(simulator)
     try:
-        found = [sample_start(env, task, np.random.default_rng((seed, k))) for k in range(n)]
+        return sample_starts(env, task, n, seed)
     finally:
         env.close()
-    return {key: np.stack([start[key] for start in found]) for key in ("robot_obs", "scene_obs")}

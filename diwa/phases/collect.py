@@ -1,4 +1,4 @@
-"""Phase 0: play, demonstrations and start observations from the embedded simulator."""
+"""Phase 0: play, demonstrations and start observations from a simulator."""
 
 from __future__ import annotations
 
@@ -62,12 +62,15 @@ def collect(config: Config, run: RunFolder) -> dict:
                 workers=c.workers,
                 progress=progress,
                 skills=fixture_tasks(config.task) if c.focus else TASKS,
+                simulator=config.env,
             )
             play = write_store(phase.dir / "play", episodes)
         count = c.demos or SKILL_DEMOS[config.task]
-        demos = collect_demos(config.task, count, seed=config.seed, workers=c.workers)
+        demos = collect_demos(
+            config.task, count, seed=config.seed, workers=c.workers, simulator=config.env
+        )
         store = write_store(phase.dir / "demos", demos)
-        starts = make_starts(config.task, c.train_starts, seed=TRAIN_STARTS + config.seed)
+        starts = make_starts(config.task, c.train_starts, TRAIN_STARTS + config.seed, config.env)
         save_starts(phase.dir / "starts.npz", starts)
         return phase.finish(
             {

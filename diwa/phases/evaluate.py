@@ -20,11 +20,13 @@ from diwa.stats import wilson_interval
 ENVS_PER_WORKER = 4
 
 
-def task_starts(task: str, n: int, seed: int) -> dict[str, NDArray[np.float32]]:
+def task_starts(
+    task: str, n: int, seed: int, simulator: str = "playtable"
+) -> dict[str, NDArray[np.float32]]:
     """n start observations of a task: `robot_obs [n, 15]`, `scene_obs [n, 24]`."""
     from diwa.envs.starts import make_starts
 
-    return make_starts(task, n, seed=seed)
+    return make_starts(task, n, seed, simulator)
 
 
 class Slots:
@@ -89,7 +91,7 @@ def evaluate_agent(
 
     Args:
         agent: the policy with its world-model filter.
-        config: task, episode length and number of worker processes.
+        config: task, simulator, episode length and number of worker processes.
         starts: `robot_obs [n, 15]`, `scene_obs [n, 24]`.
         seed: of the policy's and the filter's randomness.
 
@@ -103,7 +105,7 @@ def evaluate_agent(
     total, limit = len(starts["robot_obs"]), config.evaluate.max_episode_steps
     count = min(config.evaluate.workers * ENVS_PER_WORKER, total)
     shares = [list(range(i, total, count)) for i in range(count)]
-    envs = queued_envs(config.task, starts, shares, limit, AutoresetMode.NEXT_STEP)
+    envs = queued_envs(config.task, starts, shares, limit, AutoresetMode.NEXT_STEP, config.env)
     success = np.zeros(total, dtype=bool)
     finished = np.zeros(total, dtype=bool)
     slots = Slots(agent, count, limit, seed)
@@ -157,7 +159,7 @@ def evaluate_run(config: Config, run: RunFolder) -> dict:
         if phase.result is not None:
             return phase.result
         torch.set_num_threads(config.threads)
-        starts = task_starts(config.task, config.evaluate.episodes, TEST_STARTS)
+        starts = task_starts(config.task, config.evaluate.episodes, TEST_STARTS, config.env)
         result: dict[str, Any] = {}
         for i, (name, agent) in enumerate(load_agents(config, run).items()):
             wins = evaluate_agent(agent, config, starts, seed=config.seed)

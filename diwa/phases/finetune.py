@@ -279,7 +279,7 @@ def imagined_success(
 
 def _env_steps() -> int:
     """Simulator steps this process has taken; a simulator that is not imported has taken none."""
-    simulator = sys.modules.get("diwa.envs.playtable")
+    simulator = sys.modules.get("diwa.envs.simulator")
     return simulator.env_steps_taken() if simulator else 0
 
 
@@ -321,7 +321,7 @@ def _try_in_simulator(tuner: Finetuner, config: Config, metrics: dict[str, float
 
     c = config.finetune
     agent = Agent(tuner.world_model, tuner.actor, tuner.base, tuner.config.ft_denoising_steps)
-    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
+    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS, config.env)
     metrics["finetune/real_success"] = float(evaluate_agent(agent, config, starts).mean())
 
 

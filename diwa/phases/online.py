@@ -23,7 +23,7 @@ def _train(
     from diwa.phases.evaluate import evaluate_agent, task_starts
 
     c = config.online
-    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS)
+    starts = task_starts(config.task, c.eval_episodes, VALIDATION_STARTS, config.env)
     evaluations: list[dict[str, float]] = []
     number = 0
     while True:
@@ -63,7 +63,7 @@ def finetune_online(config: Config, run: RunFolder) -> dict:
         base, _ = load_policy(run.dir("pretrain"), config.device)
         starts = load_starts(run.dir("collect") / "starts.npz")
         limit = config.finetune.max_episode_steps
-        env = OnlineEnv(model, config.task, starts, c.envs, limit, config.seed)
+        env = OnlineEnv(model, config.task, starts, c.envs, limit, config.seed, config.env)
         ppo = dataclasses.replace(config.finetune, n_dreams=c.envs, n_chunks=c.n_chunks)
         try:
             tuner = Finetuner(dataclasses.replace(config, finetune=ppo), model, base, env)
