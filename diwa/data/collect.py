@@ -32,7 +32,7 @@ NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
 GOOD_SHARE = 0.40  # of the attempts: small aim error, whole stroke
 FREE_LOW, FREE_HIGH = (-0.18, -0.34, 0.50), (0.28, -0.08, 0.68)
 
-_env: PlayTable | None = None  # one per worker process
+_envs: dict[int, PlayTable] = {}  # of this process, by size of the pictures
 
 
 class _Recorder:
@@ -41,7 +41,7 @@ class _Recorder:
     def __init__(self, env: PlayTable, start: dict[str, NDArray], limit: int) -> None:
         self.env, self.limit = env, limit
         observation, _ = env.reset(options=start)
-        self.robot, self.scene = [observation["robot_obs"]], [observation["scene_obs"]]
+        self.seen = [observation]
         self.actions: list[NDArray[np.float32]] = []
 
     @property
@@ -52,13 +52,20 @@ class _Recorder:
         action = np.asarray(action, np.float32)
         observation = self.env.step(action)[0]
         self.actions.append(action)
-        self.robot.append(observation["robot_obs"])
-        self.scene.append(observation["scene_obs"])
+        self.seen.append(observation)
+
+    @property
+    def scene(self) -> NDArray[np.float32]:
+        return self.seen[-1]["scene_obs"]
+
+    def solved(self, task: str) -> bool:
+        return bool(task_success(task, self.seen[0]["scene_obs"], self.scene))
 
     def episode(self, task: str = "") -> Episode:
-        scene = np.stack(self.scene)
+        columns = {name: np.stack([seen[name] for seen in self.seen]) for name in self.seen[0]}
+        robot, scene = columns.pop("robot_obs"), columns.pop("scene_obs")
         success = task_success(task, scene[0], scene) if task else None
-        return Episode(np.stack(self.robot), scene, np.stack(self.actions), success, task)
+        return Episode(robot, scene, np.stack(self.actions), success, task, frames=columns)
 
 
 def _feasible(scene: NDArray, rng: np.random.Generator) -> list[str]:
@@ -83,7 +90,7 @@ def _attempt(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str
 
     # Now and then a skill that is already done: pushing a closed drawer is play, too.
     done_too = rng.random() < 0.1
-    possible = skills if done_too else _feasible(recorder.scene[-1], rng)
+    possible = skills if done_too else _feasible(recorder.scene, rng)
     tasks = [task for task in possible if task in skills]
     noise = float(rng.choice(NOISE_LEVELS))
     style: dict[str, Any] = {"noise": noise, "speed": float(rng.uniform(0.6, 1.0))}
@@ -151,22 +158,22 @@ def _burst(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str])
         left -= hold
 
 
-def _worker_env() -> PlayTable:
-    global _env
-    if _env is None:
+def _worker_env(image_size: int) -> PlayTable:
+    if image_size not in _envs:
         from diwa.envs.playtable import PlayTable
 
-        _env = PlayTable(max_episode_steps=10**9)
-    return _env
+        pictures = {"cameras": True, "image_size": image_size} if image_size else {}
+        _envs[image_size] = PlayTable(max_episode_steps=10**9, **pictures)  # type: ignore[arg-type]
+    return _envs[image_size]
 
 
-def _play_episode(job: tuple[int, int, int], skills: Sequence[str]) -> Episode:
+def _play_episode(job: tuple[int, int, int], skills: Sequence[str], image_size: int) -> Episode:
     """One play episode of some skills: (seed, episode number, length)."""
     from diwa.envs.starts import sample_start
 
     seed, number, length = job
     rng = np.random.default_rng((seed, number, 1))
-    env = _worker_env()
+    env = _worker_env(image_size)
     recorder = _Recorder(env, sample_start(env, str(rng.choice(skills)), rng), length)
     while not recorder.full:
         kind = rng.random()
@@ -180,14 +187,19 @@ def _play_episode(job: tuple[int, int, int], skills: Sequence[str]) -> Episode:
 
 
 def _demo(
-    job: tuple[str, int, int], noise: float, jitter: float, after: int, max_steps: int
+    job: tuple[str, int, int],
+    noise: float,
+    jitter: float,
+    after: int,
+    max_steps: int,
+    image_size: int,
 ) -> Episode:
     """One successful demonstration: (task, seed, episode number). Failed tries are thrown away."""
     from diwa.envs.experts import Expert
     from diwa.envs.starts import sample_start
 
     task, seed, number = job
-    env = _worker_env()
+    env = _worker_env(image_size)
     for attempt in range(20):
         rng = np.random.default_rng((seed, TASKS.index(task), number, attempt))
         recorder = _Recorder(env, sample_start(env, task, rng), max_steps)
@@ -196,14 +208,14 @@ def _demo(
         left = after + 1
         still = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
         while not recorder.full and left > 0:
-            solved = task_success(task, recorder.scene[0], recorder.scene[-1])
+            solved = recorder.solved(task)
             action = expert.action()
             if action is None and not solved:
                 break
             left -= int(solved)
             if left > 0:
                 recorder.step(still if action is None else action)
-        if task_success(task, recorder.scene[0], recorder.scene[-1]):
+        if recorder.solved(task):
             return recorder.episode(task)
     raise RuntimeError(
         f"no successful {task} demonstration in 20 tries (noise {noise}, jitter {jitter}, "
@@ -225,6 +237,44 @@ def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
         yield from pool.imap(function, jobs)  # leaving the block ends the workers, also on Ctrl-C
 
 
+def play_lengths(n_transitions: int, seed: int) -> list[int]:
+    """Actions of each play episode: 300 to 600, the last one what is left.
+
+    Raises:
+        ValueError: `n_transitions` is not positive.
+    """
+    if n_transitions < 1:
+        raise ValueError(f"n_transitions must be positive, got {n_transitions}")
+    rng, lengths = np.random.default_rng((seed, 0)), []
+    left = n_transitions
+    while left > 0:
+        lengths.append(min(left, int(rng.integers(*PLAY_LENGTHS, endpoint=True))))
+        left -= lengths[-1]
+    return lengths
+
+
+def play_episodes(
+    lengths: Sequence[int],
+    seed: int,
+    workers: int = 2,
+    skills: Sequence[str] = TASKS,
+    image_size: int = 0,
+    first: int = 0,
+) -> Iterator[Episode]:
+    """Play episodes number `first` and later, one after another as they are recorded.
+
+    Args:
+        lengths: of all episodes, from `play_lengths`.
+        seed, workers, skills: as in `collect_play`.
+        image_size: edge of the pictures of both cameras in pixels; 0 records none.
+        first: number of the first episode to record.
+    """
+    jobs = [(seed, number, length) for number, length in enumerate(lengths)][first:]
+    checked = [check_task(skill) for skill in skills]
+    record = partial(_play_episode, skills=checked, image_size=image_size)
+    yield from _run(record, jobs, workers)
+
+
 def collect_play(
     n_transitions: int,
     seed: int,
@@ -244,18 +294,8 @@ def collect_play(
     Returns:
         Episodes without task and success flags.
     """
-    if n_transitions < 1:
-        raise ValueError(f"n_transitions must be positive, got {n_transitions}")
-    lengths_rng = np.random.default_rng((seed, 0))
-    jobs: list[tuple[int, int, int]] = []
-    left = n_transitions
-    while left > 0:
-        length = min(left, int(lengths_rng.integers(*PLAY_LENGTHS, endpoint=True)))
-        jobs.append((seed, len(jobs), length))
-        left -= length
     episodes, done = [], 0
-    record = partial(_play_episode, skills=[check_task(skill) for skill in skills])
-    for episode in _run(record, jobs, workers):
+    for episode in play_episodes(play_lengths(n_transitions, seed), seed, workers, skills):
         episodes.append(episode)
         done += len(episode.action)
         if progress is not None:
@@ -273,6 +313,7 @@ def collect_demos(
     steps_after: int = 4,
     max_steps: int = 72,
     progress: ProgressFn | None = None,
+    image_size: int = 0,
 ) -> list[Episode]:
     """Records `n` successful expert episodes from random starts, with success flags per frame.
 
@@ -286,12 +327,20 @@ def collect_demos(
         steps_after: actions kept after the first success.
         max_steps: longest episode.
         progress: called with (episodes done, `n`).
+        image_size: edge of the pictures of both cameras in pixels; 0 records none.
 
     Raises:
         RuntimeError: a start could not be solved in 20 tries.
     """
     jobs = [(check_task(task), seed, number) for number in range(n)]
-    record = partial(_demo, noise=noise, jitter=jitter, after=steps_after, max_steps=max_steps)
+    record = partial(
+        _demo,
+        noise=noise,
+        jitter=jitter,
+        after=steps_after,
+        max_steps=max_steps,
+        image_size=image_size,
+    )
     episodes: list[Episode] = []
     for episode in _run(record, jobs, workers):
         episodes.append(episode)

@@ -36,10 +36,13 @@ class StartQueue(gymnasium.Wrapper):
         return obs, {**info, "start_index": index}
 
 
-def _make(task: str, starts: dict[str, NDArray], order: list[int], max_steps: int) -> StartQueue:
+def _make(
+    task: str, starts: dict[str, NDArray], order: list[int], max_steps: int, image_size: int
+) -> StartQueue:
     from diwa.envs.playtable import PlayTable
 
-    return StartQueue(PlayTable(task=task, max_episode_steps=max_steps), starts, order)
+    env = PlayTable(task, image_size > 0, image_size, max_episode_steps=max_steps)
+    return StartQueue(env, starts, order)
 
 
 def queued_envs(
@@ -48,6 +51,7 @@ def queued_envs(
     orders: Sequence[list[int]],
     max_steps: int,
     autoreset: AutoresetMode,
+    image_size: int = 0,
 ) -> AsyncVectorEnv:
     """One simulator process per order of `starts`, see `StartQueue`.
 
@@ -57,8 +61,9 @@ def queued_envs(
         orders: indices of the starts of every process.
         max_steps: steps after which an episode is truncated.
         autoreset: when a process resets by itself.
+        image_size: edge of the pictures of both cameras in pixels; 0 renders none.
     """
     # The fork server imports torch and the simulator once, not once per environment.
     multiprocessing.set_forkserver_preload(["diwa.envs.playtable", "diwa.envs.queue"])
-    makers = [partial(_make, task, starts, order, max_steps) for order in orders]
+    makers = [partial(_make, task, starts, order, max_steps, image_size) for order in orders]
     return AsyncVectorEnv(makers, autoreset_mode=autoreset, context="forkserver")

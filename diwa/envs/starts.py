@@ -93,13 +93,20 @@ def sample_start(env: PlayTable, task: str, rng: np.random.Generator) -> dict[st
     return {"robot_obs": sample_robot(env, rng), "scene_obs": scene}
 
 
-def make_starts(task: str, n: int, seed: int) -> dict[str, NDArray]:
-    """`n` starts, the same for a seed: `robot_obs` `[n, 15]`, `scene_obs` `[n, 24]`."""
+def make_starts(task: str, n: int, seed: int, image_size: int = 0) -> dict[str, NDArray]:
+    """`n` starts, the same for a seed: `robot_obs` `[n, 15]`, `scene_obs` `[n, 24]`.
+
+    With an `image_size` also what the cameras see there: `rgb_static` and `rgb_gripper`
+    `[n, size, size, 3]` uint8.
+    """
     from diwa.envs.playtable import PlayTable
 
-    env = PlayTable()
+    env = PlayTable(cameras=image_size > 0, image_size=image_size)
+    found = []
     try:
-        found = [sample_start(env, task, np.random.default_rng((seed, k))) for k in range(n)]
+        for k in range(n):
+            start = sample_start(env, task, np.random.default_rng((seed, k)))
+            found.append({**env.reset(options=start)[0], **start} if image_size else start)
     finally:
         env.close()
-    return {key: np.stack([start[key] for start in found]) for key in ("robot_obs", "scene_obs")}
+    return {key: np.stack([start[key] for start in found]) for key in found[0]}
