@@ -52,8 +52,8 @@ class WorldModelConfig:
     """Channels of the first convolution (48 in the paper; 12 there for 224 pixels)."""
     image_weight: float = 1.0
     """Weight of the squared error of the pictures, summed over pixels."""
-    image_share: float = 1.0
-    """Share of the frames of a batch whose pictures are reconstructed; all are encoded."""
+    image_stride: int = 1
+    """Pictures of every so many frames are reconstructed in training; all are encoded."""
     deter_dim: int = 256
     """H, size of the deterministic state h."""
     stoch_groups: int = 16
@@ -104,6 +104,8 @@ class WorldModelConfig:
     """Share of the play episodes kept for the open-loop report."""
     open_loop_steps: int = 40
     """Horizon of the open-loop prediction error."""
+    open_loop_pictures: int = 80
+    """Horizon of the dreamed pictures that are compared with real ones."""
 
     @property
     def picture_size(self) -> int:

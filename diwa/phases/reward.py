@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ from diwa.data.sampler import previous_actions, split_episodes
 from diwa.data.store import Episode, EpisodeStore
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, SuccessFunction
 from diwa.envs.tasks import RULES, task_success
-from diwa.errors import StoreError
-from diwa.nn.encoders import to_tensor
+from diwa.errors import RunError, StoreError
+from diwa.nn.encoders import observed, to_tensor
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
@@ -24,6 +25,10 @@ from diwa.phases.collect import load_starts
 from diwa.run import RunFolder
 
 LOG_EVERY = 50
+NO_DECODER = (
+    "reward.kind decoder reads the scene off the world model, and a vision world model predicts "
+    "pictures only; add --reward.kind classifier or use --observation hybrid"
+)
 
 
 class Windows(NamedTuple):
@@ -32,12 +37,14 @@ class Windows(NamedTuple):
     Attributes:
         robot, scene, action: `[T, n, ...]`; action led to the frame.
         label: `[T, n]` bool, the task is solved relative to the first frame.
+        frames: camera -> uint8 `[T, n, h, w, 3]`, of the cameras that were asked for.
     """
 
     robot: Tensor
     scene: Tensor
     action: Tensor
     label: Tensor
+    frames: dict[str, Tensor]
 
 
 def candidate_windows(
@@ -68,6 +75,7 @@ def draw_windows(
     rng: np.random.Generator,
     *,
     need_both: bool = True,
+    cameras: Sequence[str] = (),
 ) -> Windows:
     """Up to `count` windows, half of them solved; the rest are misses and other behaviour.
 
@@ -93,6 +101,10 @@ def draw_windows(
         torch.stack([to_tensor(e.scene_obs[s]) for e, s in cut], 1),
         torch.stack([to_tensor(previous_actions(e.action)[s]) for e, s in cut], 1),
         torch.from_numpy(label),
+        {
+            name: torch.stack([observed(e.frames, [name])[name][s] for e, s in cut], 1)
+            for name in cameras
+        },
     )
 
 
@@ -110,7 +122,7 @@ def window_features(
     reset = torch.zeros(length, n, device=device)
     reset[0] = 1.0
     real = model.encode_episode(
-        model.observation(robot, scene),
+        model.observation(robot, scene, **windows.frames),
         action,
         reset,
         model.uniform(length, n, generator=generator),
@@ -142,7 +154,13 @@ def precision_recall(predicted: Tensor, label: Tensor) -> dict[str, float]:
 
 
 def success_function(config: Config, run: RunFolder, model: WorldModel) -> SuccessFunction:
-    """The trained classifier of the run or, for `reward.kind = decoder`, the task's own rule."""
+    """The trained classifier of the run or, for `reward.kind = decoder`, the task's own rule.
+
+    Raises:
+        RunError: the decoder is asked for, but the world model predicts pictures only.
+    """
+    if config.reward.kind == "decoder" and not model.predicts_state:
+        raise RunError(NO_DECODER)
     if config.reward.kind == "decoder":
         return DecoderSuccess(model, config.task)
     from diwa.agent import load_classifier
@@ -199,7 +217,13 @@ def train_reward(config: Config, run: RunFolder) -> dict:
         rng = np.random.default_rng(config.seed)
         generator = torch.Generator(device).manual_seed(config.seed)
         windows = draw_windows(
-            [episodes[i] for i in train], config.task, bounds, length, c.windows, rng
+            [episodes[i] for i in train],
+            config.task,
+            bounds,
+            length,
+            c.windows,
+            rng,
+            cameras=model.cameras,
         )
         real, dreamed = window_features(model, windows, generator)
         features = torch.cat([real, dreamed]).flatten(0, 1)
@@ -221,6 +245,7 @@ def train_reward(config: Config, run: RunFolder) -> dict:
                 c.windows,
                 rng,
                 need_both=False,
+                cameras=model.cameras,
             )
             report = reward_report(config, model, ClassifierSuccess(classifier, c.threshold), test)
         return phase.finish({"windows": windows.label.shape[1], **report})
@@ -235,7 +260,9 @@ def reward_report(
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     real, dreamed = window_features(model, windows, generator)
     scene_start = windows.scene[0].to(device)
-    judges = {"classifier": classifier, "decoder": DecoderSuccess(model, config.task)}
+    judges = {"classifier": classifier}
+    if model.predicts_state:
+        judges["decoder"] = DecoderSuccess(model, config.task)
     return {
         name: {
             kind: precision_recall(judge(features, scene_start).cpu(), windows.label)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +18,18 @@ from diwa.agent import (
     world_model_folder,
 )
 from diwa.config import Config, WorldModelConfig
-from diwa.data.sampler import StreamSampler, split_episodes
+from diwa.data.columns import Column
+from diwa.data.sampler import StreamSampler, split_episodes, store_rows
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import RunError, StoreError
 from diwa.graph import GraphedStep
 from diwa.info import device_name
 from diwa.nn.encoders import to_tensor
 from diwa.nn.rssm import RSSMState
+from diwa.nn.vision import CAMERAS
 from diwa.nn.world_model import WorldModel
 from diwa.phases.open_loop import open_loop_report
+from diwa.phases.open_loop_pictures import picture_report
 from diwa.run import Phase, RunFolder
 
 LOG_EVERY, CHECKPOINT_EVERY = 25, 250
@@ -59,7 +64,13 @@ class Trainer:
     """World model, optimizer and data of one training, with a step that can be a CUDA graph."""
 
     def __init__(
-        self, config: WorldModelConfig, episodes: list[Episode], seed: int, device: str
+        self,
+        config: WorldModelConfig,
+        episodes: list[Episode],
+        seed: int,
+        device: str,
+        streamed: Mapping[str, Column] | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self.config = config
         with torch.random.fork_rng(devices=[]):
@@ -81,6 +92,8 @@ class Trainer:
             seed=seed,
             reset_prob=config.reset_prob,
             device=device,
+            streamed=streamed,
+            rows=rows,
         )
         cuda = torch.device(device).type == "cuda"
         torch.backends.cuda.matmul.allow_tf32 = True  # no effect on a CPU
@@ -97,7 +110,7 @@ class Trainer:
 
     def _train_step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = self.model.loss(
-            {"state": inputs["state"]},
+            {name: inputs[name] for name in ("state", *self.model.cameras)},
             inputs["action"],
             inputs["reset"],
             RSSMState(inputs["h"], inputs["z"]),
@@ -110,6 +123,7 @@ class Trainer:
         return {
             "loss": loss.total.detach(),
             "reconstruction": loss.reconstruction,
+            **({"pictures": loss.parts["pictures"]} if "pictures" in loss.parts else {}),
             "kl": loss.kl,
             "grad_norm": norm,
             "h": loss.state.h,
@@ -132,7 +146,35 @@ class Trainer:
         return out
 
 
-def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Episode], int]:
+class Play(NamedTuple):
+    """Recorded play, split; `streamed` and `rows` are the pictures as the sampler takes them."""
+
+    train: list[Episode]
+    held: list[Episode]
+    transitions: int
+    streamed: dict[str, Column]
+    rows: np.ndarray
+
+
+def _pictures(store: EpisodeStore, size: int) -> dict[str, Column]:
+    """The pictures of a store that a model of this picture size is trained on.
+
+    Raises:
+        StoreError: they were not recorded, or in another size.
+    """
+    if not size:
+        return {}
+    for camera in CAMERAS:
+        found = store.columns[camera].shape[1:] if camera in store.columns else None
+        if found != (size, size, 3):
+            raise StoreError(
+                f"{store.path} holds {found or 'no pictures'} of {camera}, the world model sees "
+                f"{(size, size, 3)}; collect play with the same --observation and image size"
+            )
+    return {camera: store.columns[camera] for camera in CAMERAS}
+
+
+def _load_play(config: Config, run: RunFolder) -> Play:
     store = EpisodeStore(source_folder(config, run.path) / "collect" / "play")
     episodes = list(store)
     for i, episode in enumerate(episodes):
@@ -140,7 +182,13 @@ def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Epis
     train, held = split_episodes(episodes, config.world_model.holdout)
     if not train or sum(len(episodes[i]) for i in train) < config.world_model.seq_len:
         raise StoreError(f"{store.path} is too small to train a world model; collect more play")
-    return [episodes[i] for i in train], [episodes[i] for i in held], store.transitions
+    return Play(
+        [episodes[i] for i in train],
+        [episodes[i] for i in held],
+        store.transitions,
+        _pictures(store, config.world_model.picture_size),
+        store_rows(store.starts, store.lengths, train),
+    )
 
 
 def _train(trainer: Trainer, phase: Phase) -> None:
@@ -184,19 +232,24 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
             parameters = sum(p.numel() for p in model.parameters())
             return phase.finish({"from_run": config.from_run, "parameters": parameters})
         torch.set_num_threads(config.threads)
-        train, held, transitions = _load_play(config, run)
-        trainer = Trainer(config.world_model, train, config.seed, config.device)
+        play = _load_play(config, run)
+        c = config.world_model
+        trainer = Trainer(c, play.train, config.seed, config.device, play.streamed, play.rows)
         _train(trainer, phase)
         model = trainer.model.requires_grad_(False).eval()
-        report, dream = open_loop_report(model, held, config.world_model, config.seed)
+        report, dream = open_loop_report(model, play.held, c, config.seed)
         np.savez(phase.dir / "dream.npz", **dream)
+        pictures, films = picture_report(model, play.held, c.open_loop_pictures, config.seed)
+        if films:
+            np.savez_compressed(phase.dir / "dream_pictures.npz", **films)
         save_world_model(phase.dir, model)
         parameters = sum(p.numel() for p in model.parameters())
         return phase.finish(
             {
                 "open_loop": report,
+                **({"open_loop_pictures": pictures} if pictures else {}),
                 "parameters": parameters,
-                "play_transitions": transitions,
+                "play_transitions": play.transitions,
                 "device": device_name(config.device),
             }
         )
