@@ -48,11 +48,11 @@ class WorldModelConfig:
     state as well, from which the reward follows (`reward.kind` `decoder`)."""
     image_size: Literal[64, 224] = 64
     """Edge of the pictures in pixels."""
-    cnn_depth: int = 16
+    cnn_depth: int = 8
     """Channels of the first convolution (48 in the paper; 12 there for 224 pixels)."""
-    image_weight: float = 1.0
-    """Weight of the squared error of the pictures, summed over pixels."""
-    image_stride: int = 1
+    image_weight: float = 0.1
+    """Weight of the squared error of the pictures, summed over pixels (1 in the paper)."""
+    image_stride: int = 8
     """Pictures of every so many frames are reconstructed in training; all are encoded."""
     deter_dim: int = 256
     """H, size of the deterministic state h."""

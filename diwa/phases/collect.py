@@ -7,6 +7,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from diwa.agent import check_source
 from diwa.config import Config
 from diwa.data.store import EpisodeStore, write_store
 from diwa.envs.tasks import TASKS, fixture_tasks
@@ -44,6 +45,7 @@ def collect(config: Config, run: RunFolder) -> dict:
     with run.phase("collect", c.play_transitions, "collect/transitions") as phase:
         if phase.result is not None:
             return phase.result
+        check_source(config)
         from diwa.data.collect import collect_demos, collect_play
         from diwa.data.record import record_play
         from diwa.envs.starts import make_starts

@@ -16,7 +16,7 @@ from diwa.data.sampler import previous_actions, split_episodes
 from diwa.data.store import Episode, EpisodeStore
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, SuccessFunction
 from diwa.envs.tasks import RULES, task_success
-from diwa.errors import RunError, StoreError
+from diwa.errors import StoreError
 from diwa.nn.encoders import observed, to_tensor
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
@@ -25,10 +25,6 @@ from diwa.phases.collect import load_starts
 from diwa.run import RunFolder
 
 LOG_EVERY = 50
-NO_DECODER = (
-    "reward.kind decoder reads the scene off the world model, and a vision world model predicts "
-    "pictures only; add --reward.kind classifier or use --observation hybrid"
-)
 
 
 class Windows(NamedTuple):
@@ -154,13 +150,7 @@ def precision_recall(predicted: Tensor, label: Tensor) -> dict[str, float]:
 
 
 def success_function(config: Config, run: RunFolder, model: WorldModel) -> SuccessFunction:
-    """The trained classifier of the run or, for `reward.kind = decoder`, the task's own rule.
-
-    Raises:
-        RunError: the decoder is asked for, but the world model predicts pictures only.
-    """
-    if config.reward.kind == "decoder" and not model.predicts_state:
-        raise RunError(NO_DECODER)
+    """The trained classifier of the run or, for `reward.kind = decoder`, the task's own rule."""
     if config.reward.kind == "decoder":
         return DecoderSuccess(model, config.task)
     from diwa.agent import load_classifier
