@@ -47,7 +47,7 @@ STAGES = ("collect", "learn", "evaluate", "summarise")
 
 def base_config(args: argparse.Namespace) -> Config:
     """Configuration of the shared play and world model."""
-    return dataclasses.replace(PRESETS[args.preset], device=args.device, threads=1)
+    return dataclasses.replace(args.settings, device=args.device, threads=1)
 
 
 def base_run(args: argparse.Namespace) -> RunFolder:
@@ -214,7 +214,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2, help="skills that learn at the same time")
     args = parser.parse_args()
-    args.folder = args.folder.resolve()
+    args.folder, args.settings = args.folder.resolve(), PRESETS[args.preset]
     repeated = args.tasks if args.second_seed_tasks is None else args.second_seed_tasks
     args.pairs = [
         (task, seed)
