@@ -31,6 +31,7 @@ SETTINGS = dataclasses.replace(
     world_model=dataclasses.replace(
         SMALL.world_model, observation="hybrid", seq_len=20, steps=3000
     ),
+    finetune=dataclasses.replace(SMALL.finetune, eval_every=0),
 )
 SHOWN = ("observation", "image_size", "cnn_depth", "image_weight", "image_stride")
 

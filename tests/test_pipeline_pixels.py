@@ -11,6 +11,7 @@ import pytest
 
 from diwa import cli
 from diwa.errors import DiwaError
+from diwa.run import PHASES
 
 SETTINGS = shlex.split("""
 --preset tiny --threads 1 --task move_slider_right
@@ -45,7 +46,7 @@ def hybrid(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_hybrid_runs_from_end_to_end(hybrid):
-    result = {p: json.loads((hybrid / p / "result.json").read_text()) for p in cli.FUNCTIONS}
+    result = {p: json.loads((hybrid / p / "result.json").read_text()) for p in PHASES[:-1]}
     assert result["finetune"]["finetune_env_steps"] == 0
     assert result["evaluate"]["finetuned"]["n"] == 2
     cameras = result["world_model"]["open_loop_pictures"]["cameras"]

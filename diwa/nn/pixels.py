@@ -29,7 +29,7 @@ class PixelEncoder(VisionEncoder):
     """Observation dict -> embedding `[..., E]`.
 
     The dict holds `state [..., >= 18]`, of which the leading `PROPRIO_DIM` columns are seen, and
-    for each camera uint8 frames `[..., size, size, 3]`.
+    for each camera uint8 frames `[..., size, size, 3]`, which may still be in the CPU's memory.
     """
 
     def __init__(self, config: WorldModelConfig) -> None:
@@ -43,7 +43,7 @@ class PixelEncoder(VisionEncoder):
         frames = [obs[camera].flatten(0, -4) for camera in self.cameras]
         piece = len(frames[0]) if torch.is_grad_enabled() else PIECE
         images = [
-            self.pictures([picture_input(f[i : i + piece]) for f in frames])
+            self.pictures([picture_input(f[i : i + piece].to(proprio.device)) for f in frames])
             for i in range(0, len(frames[0]), piece)
         ]
         return torch.cat([torch.cat(images).unflatten(0, proprio.shape[:-1]), proprio], -1)

@@ -17,7 +17,7 @@ from diwa.data.store import Episode, EpisodeStore
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, SuccessFunction
 from diwa.envs.tasks import RULES, task_success
 from diwa.errors import StoreError
-from diwa.nn.encoders import observed, to_tensor
+from diwa.nn.encoders import to_tensor
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
@@ -98,7 +98,7 @@ def draw_windows(
         torch.stack([to_tensor(previous_actions(e.action)[s]) for e, s in cut], 1),
         torch.from_numpy(label),
         {
-            name: torch.stack([observed(e.frames, [name])[name][s] for e, s in cut], 1)
+            name: torch.from_numpy(np.stack([e.frames[name][s] for e, s in cut], 1))
             for name in cameras
         },
     )
