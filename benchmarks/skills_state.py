@@ -47,7 +47,7 @@ STAGES = ("collect", "learn", "evaluate", "summarise")
 
 def base_config(args: argparse.Namespace) -> Config:
     """Configuration of the shared play and world model."""
-    return dataclasses.replace(PRESETS[args.preset], env=args.env, device=args.device, threads=1)
+    return dataclasses.replace(args.settings, env=args.env, device=args.device, threads=1)
 
 
 def base_run(args: argparse.Namespace) -> RunFolder:
@@ -233,7 +233,7 @@ def make_parser(description: str, stages: tuple[str, ...] = STAGES) -> argparse.
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, with `pairs` of skill and seed."""
     args = parser.parse_args()
-    args.folder = args.folder.resolve()
+    args.folder, args.settings = args.folder.resolve(), PRESETS[args.preset]
     repeated = args.tasks if args.second_seed_tasks is None else args.second_seed_tasks
     args.pairs = [
         (task, seed)

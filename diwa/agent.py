@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diwa import checkpoint
 from diwa.config import Config, PolicyConfig, RewardConfig, WorldModelConfig, from_dict, to_dict
-from diwa.errors import CheckpointError
+from diwa.errors import CheckpointError, RunError
 from diwa.nn.diffusion import DiffusionPolicy
 from diwa.nn.gaussian import GaussianPolicy
 from diwa.nn.heads import RewardClassifier
@@ -43,6 +43,25 @@ def source_folder(config: Config, run_path: Path) -> Path:
 def world_model_folder(config: Config, run_path: Path) -> Path:
     """Folder of the world model that this run uses."""
     return source_folder(config, run_path) / "world_model"
+
+
+def check_source(config: Config) -> None:
+    """A lent world model must see what this run's demonstrations and starts are recorded with.
+
+    Raises:
+        RunError: it sees something else; the message names the settings that fit it.
+    """
+    folder = Path(config.from_run or "") / "world_model"
+    if not config.from_run or not (folder / "config.json").exists():
+        return
+    lent = from_dict(WorldModelConfig, _read_meta(folder, "world_model")["config"])
+    own = config.world_model
+    if (lent.observation, lent.picture_size) != (own.observation, own.picture_size):
+        size = f" --world-model.image-size {lent.image_size}" if lent.picture_size else ""
+        raise RunError(
+            f"the world model of {config.from_run} was trained with other observations; "
+            f"add --observation {lent.observation}{size}"
+        )
 
 
 def save_world_model(folder: Path, model: WorldModel) -> None:

@@ -71,6 +71,11 @@ TOOLS = {
 }
 """Command with flags of its own -> function of its arguments that returns the exit code."""
 
+NO_DECODER = (
+    "reward.kind decoder reads the scene off the world model, and a vision world model predicts "
+    "pictures only; add --reward.kind classifier or use --observation hybrid"
+)
+
 SECTIONS = {"policy": "pretrain"}
 """Phase that the settings of a section first matter to, where the names differ."""
 
@@ -261,6 +266,8 @@ def check(config: Config, source: str = "settings") -> None:
                 raise DiwaError(f"{label} is {value}; it must not be negative")
 
     visit(config, "")
+    if config.world_model.observation == "vision" and config.reward.kind == "decoder":
+        raise DiwaError(f"{source}: {NO_DECODER}")
     if not 1 <= config.finetune.ft_denoising_steps <= config.policy.denoising_steps:
         raise DiwaError(
             f"{source}: finetune.ft_denoising_steps is {config.finetune.ft_denoising_steps}; "

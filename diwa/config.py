@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from diwa.skills import TaskName
 
@@ -36,8 +38,22 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class WorldModelConfig:
-    """RSSM world model on state observations (method section 1)."""
+    """RSSM world model (method section 1)."""
 
+    observation: Annotated[
+        Literal["state", "vision", "hybrid"], tyro.conf.arg(aliases=["--observation"])
+    ] = "state"
+    """What the robot sees. `state`: robot and scene state. `vision`: the pictures of two cameras
+    and the robot's own state. `hybrid`: sees what `vision` sees and learns to predict the scene
+    state as well, from which the reward follows (`reward.kind` `decoder`)."""
+    image_size: Literal[64, 224] = 64
+    """Edge of the pictures in pixels."""
+    cnn_depth: int = 8
+    """Channels of the first convolution (48 in the paper; 12 there for 224 pixels)."""
+    image_weight: float = 0.1
+    """Weight of the squared error of the pictures, summed over pixels (1 in the paper)."""
+    image_stride: int = 8
+    """Pictures of every so many frames are reconstructed in training; all are encoded."""
     deter_dim: int = 256
     """H, size of the deterministic state h."""
     stoch_groups: int = 16
@@ -47,9 +63,9 @@ class WorldModelConfig:
     hidden_dim: int = 256
     """Width of the layers inside the RSSM."""
     embed_dim: int = 256
-    """E, size of the observation embedding."""
+    """E, size of the embedding of a state observation; that of pictures follows from the CNN."""
     mlp_dim: int = 256
-    """Width of the state encoder and decoder."""
+    """Width of the state encoder and decoder, and of the hybrid's state decoder."""
     observe_blocks: bool = False
     """Observe and predict the poses of the three blocks as well."""
     init_from: str | None = None
@@ -91,6 +107,13 @@ class WorldModelConfig:
     """Share of the play episodes kept for the open-loop report."""
     open_loop_steps: int = 40
     """Horizon of the open-loop prediction error."""
+    open_loop_pictures: int = 80
+    """Horizon of the dreamed pictures that are compared with real ones."""
+
+    @property
+    def picture_size(self) -> int:
+        """Edge of the observed pictures in pixels; 0 for state observations."""
+        return 0 if self.observation == "state" else self.image_size
 
 
 @dataclass(frozen=True)

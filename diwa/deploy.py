@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .agent import Agent
 from .data.store import NEUTRAL_ACTION
 from .errors import DiwaError
+from .nn.encoders import observed
 
 
 class Robot(Protocol):
@@ -26,7 +27,8 @@ class Robot(Protocol):
     time-out, so it must not wait for the other two."""
 
     def observe(self) -> Mapping[str, NDArray]:
-        """The present `robot_obs [15]` and `scene_obs [24]` (CALVIN layout, metres, radians)."""
+        """The present `robot_obs [15]` (CALVIN layout, metres, radians), with `scene_obs [24]` or,
+        if the world model sees pictures, uint8 `rgb_static` and `rgb_gripper` `[h, w, 3]`."""
         ...
 
     def act(self, action: NDArray[np.float32]) -> None:
@@ -103,18 +105,19 @@ class Controller:
         Raises:
             ValueError: the observation has another shape, or it or the action is not finite.
         """
-        numbers = []
-        for key, size in (("robot_obs", 15), ("scene_obs", 24)):
-            value = np.asarray(observation[key], np.float32)
-            if value.shape != (size,):
-                raise ValueError(f"observation {key} has shape {value.shape}, expected ({size},)")
-            if not np.isfinite(value).all():
-                raise ValueError(f"observation {key} holds NaN or infinity")
-            numbers.append(torch.from_numpy(value.copy()).to(self.device)[None])
         model, policy = self.agent.world_model, self.agent.policy
+        seen = {}
+        for key, value in observed(observation, model.inputs, self.device).items():
+            size = {"robot_obs": 15, "scene_obs": 24}.get(key)
+            if size is not None and value.shape != (size,):
+                shape = tuple(value.shape)
+                raise ValueError(f"observation {key} has shape {shape}, expected ({size},)")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"observation {key} holds NaN or infinity")
+            seen[key] = value[None]
         uniform = model.uniform(1, generator=self.generator)
         self.state = model.filter(
-            self.state, model.observation(*numbers), self.action, self.reset, uniform
+            self.state, model.observation(**seen), self.action, self.reset, uniform
         )
         self.reset = torch.zeros_like(self.reset)
         within = self.time % policy.config.chunk

@@ -41,7 +41,7 @@ WINDOWS = 3
 def draw_all(run: RunFolder, folder: Path) -> None:
     """Draw what the run has data for into `folder`."""
     with plt.rc_context(STYLE):
-        for draw in (_success, _finetune, _dream, _open_loop, _ppo, _training):
+        for draw in (_success, _finetune, _dream, _open_loop, _pictures, _ppo, _training):
             figure = draw(run)
             if figure is not None:
                 _save(figure, folder / f"{draw.__name__.lstrip('_')}.png")
@@ -184,6 +184,24 @@ def _open_loop(run: RunFolder) -> Any:
         axis.set_title(f"{_label(name)} ({entry['unit']})", loc="left")
     axes[0].legend(loc="best")
     axes[-1].set_xlabel("steps ahead")
+    return figure
+
+
+def _pictures(run: RunFolder) -> Any:
+    cameras = _result(run, "world_model").get("open_loop_pictures", {}).get("cameras", {})
+    if not cameras:
+        return None
+    figure, axes = _grid(2 * len(cameras), 2, (3.6, 2.4))
+    for i, (camera, scores) in enumerate(cameras.items()):
+        for axis, (name, unit) in zip(
+            axes[2 * i :], (("psnr", " (dB)"), ("ssim", "")), strict=False
+        ):
+            steps = range(1, len(scores[name]["model"]) + 1)
+            axis.plot(steps, scores[name]["copy"], color=OTHER, label="last frame seen")
+            axis.plot(steps, scores[name]["model"], color=DREAM, label="world model")
+            axis.set_title(f"{_label(camera)}: {name.upper()}{unit}", loc="left")
+            axis.set_xlabel("steps ahead")
+    axes[0].legend(loc="best")
     return figure
 
 

@@ -28,6 +28,8 @@ CAPTIONS = {
     "dream.png": "What happened in held-out play, and what the world model predicted from ten "
     "frames and the actions alone.",
     "open_loop.png": "Mean error of that prediction, beside predicting that nothing moves.",
+    "pictures.png": "Dreamed pictures, from two frames and the actions, compared with real ones "
+    "and with repeating the last frame that was seen.",
     "ppo.png": "Fine-tuning.",
     "training.png": "Losses of the other phases.",
     "before_after.mp4": "Before on the left, after on the right, from the same starts (first those "

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from .agent import load_world_model, world_model_folder
 from .checkpoint import TEMP_SUFFIX
+from .envs import SimulatorSpec
 from .envs.starts import BLOCK_SLOTS
+from .nn.vision import CAMERAS
 from .run import RunFolder
 
 if TYPE_CHECKING:
     from .envs.simulator import Simulator
 
 Frames = list[Any]  # of uint8 [h, w, 3]
-Act = Callable[[torch.Tensor, torch.Tensor], NDArray[np.float32]]
+Act = Callable[..., NDArray[np.float32]]
 FPS, SIZE, BORDER, HOLD = 30, 256, 4, 20
 GREY, GREEN = (200, 200, 200), (46, 160, 67)
 DREAMS = 3
@@ -31,17 +33,19 @@ DREAMS = 3
 
 def film_all(run: RunFolder, folder: Path) -> None:
     """Film what the run has data for into `folder`."""
-    from .envs import make_env
-
     limit = run.config.evaluate.max_episode_steps
-    env = make_env(run.config.env, task=run.config.task, max_episode_steps=limit)
+    spec = SimulatorSpec(run.config.env, run.config.world_model.picture_size)
+    env = spec.make(task=run.config.task, max_episode_steps=limit)
     try:
         if (run.dir("evaluate") / "result.json").exists() and run.config.evaluate.videos:
             write_video(folder / "before_after.mp4", _before_after(run, env))
-        if (world_model_folder(run.config, run.path) / "dream.npz").exists():
+        source = world_model_folder(run.config, run.path)
+        if (source / "dream.npz").exists():
             frames = _dream(run, env)
             if frames:
                 write_video(folder / "dream.mp4", frames)
+        if (source / "dream_pictures.npz").exists():
+            write_video(folder / "dream_pictures.mp4", _dreamed_pictures(source))
     finally:
         env.close()
 
@@ -76,14 +80,16 @@ def film_episode(env: Simulator, act: Act, robot_obs: Any, scene_obs: Any) -> Fr
 
     Args:
         env: with its task set.
-        act: (`robot_obs [1, 15]`, `scene_obs [1, 24]`) -> actions `[1, 7]`.
+        act: called with tensors `robot_obs [1, 15]`, `scene_obs [1, 24]` and, by name, the pictures
+            that `env` observes; returns actions `[1, 7]`.
         robot_obs, scene_obs: start `[15]`, `[24]`.
     """
     obs, _ = env.reset(options={"robot_obs": robot_obs, "scene_obs": scene_obs})
     frames, over, solved = [_framed(env.render(SIZE), GREY)], False, False
     while not over:
-        pair = (torch.from_numpy(obs[key])[None] for key in ("robot_obs", "scene_obs"))
-        obs, _, solved, truncated, _ = env.step(act(*pair)[0])
+        seen = {key: torch.from_numpy(value)[None] for key, value in obs.items()}
+        action = act(seen.pop("robot_obs"), seen.pop("scene_obs"), **seen)[0]
+        obs, _, solved, truncated, _ = env.step(action)
         over = solved or truncated
         frames.append(_framed(env.render(SIZE), GREEN if solved else GREY))
     return frames
@@ -123,6 +129,24 @@ def _before_after(run: RunFolder, env: Simulator) -> Frames:
             start = (starts["robot_obs"][i], starts["scene_obs"][i])
             films.append(film_episode(env, slots.act, *start))
         frames += side_by_side(films[0], films[-1])
+    return frames
+
+
+def _dreamed_pictures(folder: Path) -> Frames:
+    """Open-loop dreams of the cameras: real left, dreamed right; the wrist below the table."""
+    with np.load(folder / "dream_pictures.npz", allow_pickle=False) as file:
+        columns = [
+            np.concatenate([file[f"{kind}_{camera}"] for camera in CAMERAS], axis=2)
+            for kind in ("real", "dream")
+        ]
+    frames: Frames = []
+    scale = max(1, SIZE // columns[0].shape[3])
+    for window in range(len(columns[0])):
+        films = [
+            [_framed(f.repeat(scale, 0).repeat(scale, 1), GREY) for f in column[window]]
+            for column in columns
+        ]
+        frames += side_by_side(*films)
     return frames
 
 

@@ -11,6 +11,7 @@ from diwa import cli, parallel
 from diwa.checkpoint import read_tensors
 from diwa.data.store import Episode, write_store
 from diwa.errors import DiwaError, RunError
+from diwa.nn.vision import CAMERAS
 from diwa.phases import world_model
 from diwa.presets import PRESETS
 from diwa.run import Phase, RunFolder
@@ -26,7 +27,7 @@ CONFIG = dataclasses.replace(
 )
 
 
-def prepare(path) -> None:
+def prepare(path, pictures: bool = False) -> None:
     rng = np.random.default_rng(0)
     episodes = []
     for _ in range(8):
@@ -34,7 +35,11 @@ def prepare(path) -> None:
         robot, scene = np.zeros((31, 15), np.float32), np.zeros((31, 24), np.float32)
         robot[1:, :7] = np.cumsum(0.05 * action, 0)
         scene[:, 0] = robot[:, 0]
-        episodes.append(Episode(robot, scene, action))
+        frames = {}
+        if pictures:
+            shape = (31, 64, 64, 3)
+            frames = {c: rng.integers(0, 256, shape).astype(np.uint8) for c in CAMERAS}
+        episodes.append(Episode(robot, scene, action, frames=frames))
     write_store(path / "collect" / "play", episodes)
 
 
@@ -113,6 +118,42 @@ def test_two_processes_train_what_one_trains(runs):
 def test_an_interrupted_training_of_two_ends_with_the_same_weights(runs):
     for key, value in weights(runs / "two").items():
         assert torch.equal(weights(runs / "resumed")[key], value), key
+
+
+PICTURES = dict(observation="hybrid", cnn_depth=2, image_stride=4, batch_size=4, seq_len=9)
+"""Of 4 streams of 9 frames the first has three reconstructed pictures, the others two each."""
+
+
+def picture_step(path) -> dict[str, np.ndarray]:
+    """Scalars and gradients of one step on pictures of noise."""
+    config = with_model(**PICTURES)
+    play = world_model._load_play(config, RunFolder(path, config, quiet=True))
+    c = config.world_model
+    trainer = world_model.Trainer(c, play.train, 0, "cpu", play.streamed, play.rows)
+    with trainer.batches:
+        scalars = trainer.metrics(trainer.step(0))
+    del scalars["data_wait"]
+    gradients = {name: p.grad.numpy() for name, p in trainer.model.named_parameters()}
+    return scalars | gradients
+
+
+def _picture_step_in_two(path) -> None:
+    with parallel.session():
+        found = picture_step(path)
+        if parallel.is_main():
+            np.savez(path / "two.npz", **found)
+
+
+def test_two_processes_reconstruct_the_pictures_that_one_does(tmp_path):
+    prepare(tmp_path, pictures=True)
+    run_ranks(_picture_step_in_two, tmp_path)
+    one = picture_step(tmp_path)
+    with np.load(tmp_path / "two.npz") as two:
+        assert set(two.files) == set(one) and "pictures" in one
+        for name, value in one.items():
+            # the order of sums, in float32, over 12288 colours of a picture
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
 
 
 def test_one_process_goes_on_where_two_stopped(runs):

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diwa.data.store import Episode
+from diwa.envs import SimulatorSpec
 from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, TASKS, check_task, task_success
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ NOISE_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
 GOOD_SHARE = 0.40  # of the attempts: small aim error, whole stroke
 FREE_LOW, FREE_HIGH = (-0.18, -0.34, 0.50), (0.28, -0.08, 0.68)
 
-_env: Simulator | None = None  # one per worker process
+_envs: dict[SimulatorSpec, Simulator] = {}  # of this process
 
 
 class _Recorder:
@@ -41,7 +42,7 @@ class _Recorder:
     def __init__(self, env: Simulator, start: dict[str, NDArray], limit: int) -> None:
         self.env, self.limit = env, limit
         observation, _ = env.reset(options=start)
-        self.robot, self.scene = [observation["robot_obs"]], [observation["scene_obs"]]
+        self.seen = [observation]
         self.actions: list[NDArray[np.float32]] = []
 
     @property
@@ -52,13 +53,20 @@ class _Recorder:
         action = np.asarray(action, np.float32)
         observation = self.env.step(action)[0]
         self.actions.append(action)
-        self.robot.append(observation["robot_obs"])
-        self.scene.append(observation["scene_obs"])
+        self.seen.append(observation)
+
+    @property
+    def scene(self) -> NDArray[np.float32]:
+        return self.seen[-1]["scene_obs"]
+
+    def solved(self, task: str) -> bool:
+        return bool(task_success(task, self.seen[0]["scene_obs"], self.scene))
 
     def episode(self, task: str = "") -> Episode:
-        scene = np.stack(self.scene)
+        columns = {name: np.stack([seen[name] for seen in self.seen]) for name in self.seen[0]}
+        robot, scene = columns.pop("robot_obs"), columns.pop("scene_obs")
         success = task_success(task, scene[0], scene) if task else None
-        return Episode(np.stack(self.robot), scene, np.stack(self.actions), success, task)
+        return Episode(robot, scene, np.stack(self.actions), success, task, frames=columns)
 
 
 def _feasible(scene: NDArray, rng: np.random.Generator) -> list[str]:
@@ -83,7 +91,7 @@ def _attempt(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str
 
     # Now and then a skill that is already done: pushing a closed drawer is play, too.
     done_too = rng.random() < 0.1
-    possible = skills if done_too else _feasible(recorder.scene[-1], rng)
+    possible = skills if done_too else _feasible(recorder.scene, rng)
     tasks = [task for task in possible if task in skills]
     noise = float(rng.choice(NOISE_LEVELS))
     style: dict[str, Any] = {"noise": noise, "speed": float(rng.uniform(0.6, 1.0))}
@@ -151,29 +159,24 @@ def _burst(recorder: _Recorder, rng: np.random.Generator, skills: Sequence[str])
         left -= hold
 
 
-def _worker_env(simulator: str) -> Simulator:
-    global _env
-    if _env is None:
-        from diwa.envs import make_env
-
-        _env = make_env(simulator, max_episode_steps=10**9)
-    return _env
+def _worker_env(spec: SimulatorSpec) -> Simulator:
+    if spec not in _envs:
+        _envs[spec] = spec.make(max_episode_steps=10**9)
+    return _envs[spec]
 
 
-def _close_env() -> None:
-    global _env
-    if _env is not None:
-        _env.close()
-        _env = None
+def _close_envs() -> None:
+    while _envs:
+        _envs.popitem()[1].close()
 
 
-def _play_episode(job: tuple[int, int, int], skills: Sequence[str], simulator: str) -> Episode:
+def _play_episode(job: tuple[int, int, int], skills: Sequence[str], spec: SimulatorSpec) -> Episode:
     """One play episode of some skills: (seed, episode number, length)."""
     from diwa.envs.starts import sample_start
 
     seed, number, length = job
     rng = np.random.default_rng((seed, number, 1))
-    env = _worker_env(simulator)
+    env = _worker_env(spec)
     recorder = _Recorder(env, sample_start(env, str(rng.choice(skills)), rng), length)
     while not recorder.full:
         kind = rng.random()
@@ -192,14 +195,14 @@ def _demo(
     jitter: float,
     after: int,
     max_steps: int,
-    simulator: str,
+    spec: SimulatorSpec,
 ) -> Episode:
     """One successful demonstration: (task, seed, episode number). Failed tries are thrown away."""
     from diwa.envs.experts import Expert
     from diwa.envs.starts import sample_start
 
     task, seed, number = job
-    env = _worker_env(simulator)
+    env = _worker_env(spec)
     for attempt in range(20):
         rng = np.random.default_rng((seed, TASKS.index(task), number, attempt))
         recorder = _Recorder(env, sample_start(env, task, rng), max_steps)
@@ -208,14 +211,14 @@ def _demo(
         left = after + 1
         still = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
         while not recorder.full and left > 0:
-            solved = task_success(task, recorder.scene[0], recorder.scene[-1])
+            solved = recorder.solved(task)
             action = expert.action()
             if action is None and not solved:
                 break
             left -= int(solved)
             if left > 0:
                 recorder.step(still if action is None else action)
-        if task_success(task, recorder.scene[0], recorder.scene[-1]):
+        if recorder.solved(task):
             return recorder.episode(task)
     raise RuntimeError(
         f"no successful {task} demonstration in 20 tries (noise {noise}, jitter {jitter}, "
@@ -233,11 +236,49 @@ def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
         try:
             yield from map(function, jobs)
         finally:
-            _close_env()  # CALVIN tolerates no second simulator in a process
+            _close_envs()  # CALVIN tolerates no second simulator in a process
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(jobs)), initializer=_ignore_interrupt) as pool:
         yield from pool.imap(function, jobs)  # leaving the block ends the workers, also on Ctrl-C
+
+
+def play_lengths(n_transitions: int, seed: int) -> list[int]:
+    """Actions of each play episode: 300 to 600, the last one what is left.
+
+    Raises:
+        ValueError: `n_transitions` is not positive.
+    """
+    if n_transitions < 1:
+        raise ValueError(f"n_transitions must be positive, got {n_transitions}")
+    rng, lengths = np.random.default_rng((seed, 0)), []
+    left = n_transitions
+    while left > 0:
+        lengths.append(min(left, int(rng.integers(*PLAY_LENGTHS, endpoint=True))))
+        left -= lengths[-1]
+    return lengths
+
+
+def play_episodes(
+    lengths: Sequence[int],
+    seed: int,
+    workers: int,
+    skills: Sequence[str],
+    spec: SimulatorSpec,
+    first: int = 0,
+) -> Iterator[Episode]:
+    """Play episodes number `first` and later, one after another as they are recorded.
+
+    Args:
+        lengths: of all episodes, from `play_lengths`.
+        seed, workers, skills: as in `collect_play`.
+        spec: the simulator, and the size of the pictures that are recorded with it.
+        first: number of the first episode to record.
+    """
+    jobs = [(seed, number, length) for number, length in enumerate(lengths)][first:]
+    checked = [check_task(skill) for skill in skills]
+    record = partial(_play_episode, skills=checked, spec=spec)
+    yield from _run(record, jobs, workers)
 
 
 def collect_play(
@@ -261,19 +302,9 @@ def collect_play(
     Returns:
         Episodes without task and success flags.
     """
-    if n_transitions < 1:
-        raise ValueError(f"n_transitions must be positive, got {n_transitions}")
-    lengths_rng = np.random.default_rng((seed, 0))
-    jobs: list[tuple[int, int, int]] = []
-    left = n_transitions
-    while left > 0:
-        length = min(left, int(lengths_rng.integers(*PLAY_LENGTHS, endpoint=True)))
-        jobs.append((seed, len(jobs), length))
-        left -= length
     episodes, done = [], 0
-    checked = [check_task(skill) for skill in skills]
-    record = partial(_play_episode, skills=checked, simulator=simulator)
-    for episode in _run(record, jobs, workers):
+    lengths = play_lengths(n_transitions, seed)
+    for episode in play_episodes(lengths, seed, workers, skills, SimulatorSpec(simulator)):
         episodes.append(episode)
         done += len(episode.action)
         if progress is not None:
@@ -292,6 +323,7 @@ def collect_demos(
     max_steps: int = 72,
     progress: ProgressFn | None = None,
     simulator: str = "playtable",
+    image_size: int = 0,
 ) -> list[Episode]:
     """Records `n` successful expert episodes from random starts, with success flags per frame.
 
@@ -306,6 +338,7 @@ def collect_demos(
         max_steps: longest episode.
         progress: called with (episodes done, `n`).
         simulator: its name.
+        image_size: edge of the pictures of both cameras in pixels; 0 records none.
 
     Raises:
         RuntimeError: a start could not be solved in 20 tries.
@@ -317,7 +350,7 @@ def collect_demos(
         jitter=jitter,
         after=steps_after,
         max_steps=max_steps,
-        simulator=simulator,
+        spec=SimulatorSpec(simulator, image_size),
     )
     episodes: list[Episode] = []
     for episode in _run(record, jobs, workers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -61,6 +62,8 @@ class Dream:
         max_episode_steps: low-level steps after which an episode is truncated.
         per_step_reward: judge every latent of a chunk instead of only the last.
         dtype: float32 or bfloat16, of the packed weights that imagine (`RSSM.freeze`).
+        frames: uint8 `[P, h, w, 3]` of each camera of the world model; they are encoded here and
+            no picture is made later.
 
     Attributes:
         state: latents of the N dreams. z_idx: int64 `[N, S]`, their classes.
@@ -78,19 +81,20 @@ class Dream:
         max_episode_steps: int,
         per_step_reward: bool = True,
         dtype: torch.dtype = torch.float32,
+        frames: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.world_model, self.success, self.n = world_model, success, n
         self.max_episode_steps, self.per_step_reward = max_episode_steps, per_step_reward
         self.pool_scene = scene_obs
-        self._encode_starts(robot_obs, scene_obs)
+        self._encode_starts(world_model.observation(robot_obs, scene_obs, **(frames or {})))
         self.frozen = world_model.rssm.freeze(dtype)
         self.clear()
 
     @torch.no_grad()
-    def _encode_starts(self, robot_obs: Tensor, scene_obs: Tensor) -> None:
+    def _encode_starts(self, obs: dict[str, Tensor]) -> None:
         rssm = self.world_model.rssm
-        embed = self.world_model.encoder(self.world_model.observation(robot_obs, scene_obs))
-        count = len(scene_obs)
+        embed = self.world_model.encoder(obs)
+        count = len(embed)
         neutral = embed.new_tensor(NEUTRAL_ACTION).expand(1, count, 7)
         post = rssm.observe(
             embed[None],

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diwa.data.store import NEUTRAL_ACTION
-from diwa.nn.encoders import to_tensor
+from diwa.nn.encoders import observed
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
 
@@ -47,8 +47,9 @@ class OnlineEnv:
         self.world_model, self.n, self.max_episode_steps = world_model, n, max_episode_steps
         rng = np.random.default_rng(seed)
         orders = [rng.integers(len(starts["robot_obs"]), size=10_000).tolist() for _ in range(n)]
+        size = world_model.config.picture_size
         self.envs = queued_envs(
-            task, starts, orders, max_episode_steps, AutoresetMode.DISABLED, simulator
+            task, starts, orders, max_episode_steps, AutoresetMode.DISABLED, simulator, size
         )
         self.device = world_model.codec.mean.device
         self.state = world_model.rssm.initial(n)
@@ -62,8 +63,8 @@ class OnlineEnv:
         self, obs: dict[str, NDArray], action: Tensor, reset: Tensor, live: Tensor, uniform: Tensor
     ) -> None:
         """Filter one frame where `live [N]`; the other states stay."""
-        robot, scene = (to_tensor(obs[k], self.device) for k in ("robot_obs", "scene_obs"))
-        seen = self.world_model.observation(robot, scene)
+        model = self.world_model
+        seen = model.observation(**observed(obs, model.inputs, self.device))
         new = self.world_model.filter(self.state, seen, action, reset, uniform)
         keep = live[:, None]
         self.state = RSSMState(

@@ -11,6 +11,8 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
+from diwa.envs import SimulatorSpec
+
 
 class StartQueue(gymnasium.Wrapper):
     """Every reset begins at the next start of a list; the last one repeats.
@@ -37,11 +39,9 @@ class StartQueue(gymnasium.Wrapper):
 
 
 def _make(
-    simulator: str, task: str, starts: dict[str, NDArray], order: list[int], max_steps: int
+    spec: SimulatorSpec, task: str, starts: dict[str, NDArray], order: list[int], max_steps: int
 ) -> StartQueue:
-    from diwa.envs import make_env
-
-    env = make_env(simulator, task=task, max_episode_steps=max_steps)
+    env = spec.make(task=task, max_episode_steps=max_steps)
     return StartQueue(env, starts, order)
 
 
@@ -52,6 +52,7 @@ def queued_envs(
     max_steps: int,
     autoreset: AutoresetMode,
     simulator: str = "playtable",
+    image_size: int = 0,
 ) -> AsyncVectorEnv:
     """One simulator process per order of `starts`, see `StartQueue`.
 
@@ -62,11 +63,13 @@ def queued_envs(
         max_steps: steps after which an episode is truncated.
         autoreset: when a process resets by itself.
         simulator: its name.
+        image_size: edge of the pictures of both cameras in pixels; 0 renders none.
     """
     # The fork server imports torch and the simulator once, not once per environment.
     modules = ["diwa.envs.queue", "diwa.envs.playtable"]
     if simulator == "calvin":
         modules.append("diwa.envs.calvin_preload")
     multiprocessing.set_forkserver_preload(modules)
-    makers = [partial(_make, simulator, task, starts, order, max_steps) for order in orders]
+    spec = SimulatorSpec(simulator, image_size)
+    makers = [partial(_make, spec, task, starts, order, max_steps) for order in orders]
     return AsyncVectorEnv(makers, autoreset_mode=autoreset, context="forkserver")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diwa.envs import SimulatorSpec
 from diwa.envs.panda import MAX_WIDTH, REST_JOINTS
 from diwa.envs.table_model import JOINT_UPPER
 from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, SWITCH, check_task
@@ -102,12 +103,24 @@ def sample_starts(env: Simulator, task: str, n: int, seed: int) -> dict[str, NDA
     return {key: np.stack([start[key] for start in found]) for key in ("robot_obs", "scene_obs")}
 
 
-def make_starts(task: str, n: int, seed: int, simulator: str = "playtable") -> dict[str, NDArray]:
-    """`sample_starts` in a simulator of its own, given by name."""
-    from diwa.envs import make_env
+def make_starts(
+    task: str, n: int, seed: int, simulator: str = "playtable", image_size: int = 0
+) -> dict[str, NDArray]:
+    """`sample_starts` in a simulator of its own, given by name.
 
-    env = make_env(simulator)
+    With an `image_size` also what its cameras see there: `rgb_static` and `rgb_gripper`
+    `[n, size, size, 3]` uint8.
+    """
+    env = SimulatorSpec(simulator, image_size).make()
     try:
-        return sample_starts(env, task, n, seed)
+        starts = sample_starts(env, task, n, seed)
+        if image_size:
+            seen = [
+                env.reset(options={key: value[k] for key, value in starts.items()})[0]
+                for k in range(n)
+            ]
+            for camera in ("rgb_static", "rgb_gripper"):
+                starts[camera] = np.stack([pictures[camera] for pictures in seen])
+        return starts
     finally:
         env.close()

@@ -6,7 +6,8 @@ features `[..., F]` back. The state pair below is the first of that interface.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 
 ROBOT_DIM, SCENE_DIM = 15, 24
+PROPRIO_DIM = 18
+"""Leading columns of a `StateCodec` vector, the robot's own."""
 
 FIXTURES = ("slider", "drawer", "button", "switch", "lightbulb", "led")
 _BLOCKS = ("red_block", "blue_block", "pink_block")
@@ -55,13 +58,12 @@ class StateCodec(nn.Module):
         self.register_buffer("mean", torch.zeros(self.size))
         self.register_buffer("std", torch.ones(self.size))
 
+    @staticmethod
+    def _robot(robot_obs: Tensor) -> list[Tensor]:
+        return [robot_obs[..., 0:3], rot6d(robot_obs[..., 3:6]), robot_obs[..., 6:15]]
+
     def _raw(self, robot_obs: Tensor, scene_obs: Tensor) -> Tensor:
-        parts = [
-            robot_obs[..., 0:3],
-            rot6d(robot_obs[..., 3:6]),
-            robot_obs[..., 6:15],
-            scene_obs[..., 0:6],
-        ]
+        parts = [*self._robot(robot_obs), scene_obs[..., 0:6]]
         if self.observe_blocks:
             for first in (6, 12, 18):
                 parts += [
@@ -83,6 +85,11 @@ class StateCodec(nn.Module):
     def forward(self, robot_obs: Tensor, scene_obs: Tensor) -> Tensor:
         """`[..., 15]`, `[..., 24]` (metres, radians) -> standardised `[..., O]`."""
         return (self._raw(robot_obs, scene_obs) - self.mean) / self.std
+
+    def proprio(self, robot_obs: Tensor) -> Tensor:
+        """`[..., 15]` -> the leading columns alone, standardised `[..., PROPRIO_DIM]`."""
+        raw = torch.cat(self._robot(robot_obs), dim=-1)
+        return (raw - self.mean[:PROPRIO_DIM]) / self.std[:PROPRIO_DIM]
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised `[..., O]` -> `robot_obs [..., 15]`, `scene_obs [..., 24]` (m, rad).
@@ -165,12 +172,40 @@ class StateDecoder(nn.Module):
     def forward(self, feature: Tensor) -> dict[str, Tensor]:
         return {"state": self.net(feature)}
 
+    def state(self, feature: Tensor) -> Tensor:
+        """Standardised state `[..., O]` alone."""
+        return self.net(feature)
+
+    def losses(self, feature: Tensor, obs: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """Mean over T and B of `loss`, under the name `state`."""
+        return {"state": self.loss(feature, obs, weight).mean()}
+
     def loss(self, feature: Tensor, obs: dict[str, Tensor], weight: Tensor) -> Tensor:
         """Half the squared error, weighted by `weight [O]` and summed over O, `[...]`.
 
         A Gaussian of variance 1 / weight per column (section 1.6).
         """
         return 0.5 * ((self(feature)["state"] - obs["state"]).square() * weight).sum(-1)
+
+
+def observed(
+    obs: Mapping[str, Any], names: Sequence[str], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Tensors of the named observations: float32, pictures uint8 (copied).
+
+    Raises:
+        ValueError: there is no such observation.
+    """
+    out = {}
+    for name in names:
+        if name not in obs:
+            raise ValueError(f"the world model sees {name}, which is not observed here")
+        array = np.asarray(obs[name])
+        picture = array.dtype == np.uint8
+        out[name] = (
+            torch.from_numpy(array.copy()).to(device) if picture else to_tensor(array, device)
+        )
+    return out
 
 
 def to_tensor(array: np.ndarray, device: str | torch.device = "cpu") -> Tensor:

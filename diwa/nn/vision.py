@@ -1,7 +1,8 @@
-"""Two-camera world model of LUMOS and DiWA: CNN encoder, RSSM, CNN decoder (section 1.2 to 1.4).
+"""CNN encoder and decoder of LUMOS and DiWA (method section 1.2 to 1.4), for 64 or 224 pixels.
 
-Pictures are `[..., 3, 64, 64]` float in [-1, 1] (`picture_input`), proprioception is normalised by
-the caller. The state model in `world_model` and this one share the RSSM.
+Pictures are `[..., 3, size, size]` float in [-1, 1] (`picture_input`), proprioception is normalised
+by the caller. `VisionWorldModel` is the converted form of an original's checkpoint; the world model
+of diwa's own phases is in `world_model` and sees through `pixels`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,36 @@ from torch import Tensor, nn
 from diwa.nn.rssm import RSSM, RSSMState
 
 CAMERAS = ("rgb_static", "rgb_gripper")
-DECODER_KERNELS = (5, 5, 6, 6)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Layers of the CNNs for one picture size; channels are multiples of the depth.
+
+    Attributes:
+        channels, padding: of the encoder's convolutions, kernel 4, stride 2.
+        up_channels: of the decoder's transposed convolutions, before the three colours.
+        up: kernel, stride and padding of each of them.
+    """
+
+    channels: tuple[int, ...]
+    padding: tuple[int, ...]
+    up_channels: tuple[int, ...]
+    up: tuple[tuple[int, int, int], ...]
+
+
+GEOMETRY = {
+    64: Geometry(
+        (1, 2, 4, 8), (0, 0, 0, 0), (4, 2, 1), ((5, 2, 0), (5, 2, 0), (6, 2, 0), (6, 2, 0))
+    ),
+    224: Geometry(
+        (1, 2, 4, 8, 16, 32),
+        (0, 0, 0, 0, 1, 0),
+        (16, 8, 8, 4, 4),
+        ((7, 1, 0), *((4, 2, 1),) * 5),
+    ),
+}
+"""Picture size -> layers; the encoder of either ends in 2 x 2 places."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +63,13 @@ class VisionConfig:
     stoch_groups: int = 32
     stoch_classes: int = 32
     hidden_dim: int = 1000
+    image_size: int = 64
+    """Edge of the pictures, 64 or 224."""
 
     @property
     def image_dim(self) -> int:
         """Size of the fused picture embedding."""
-        return 32 * self.depth
+        return 4 * GEOMETRY[self.image_size].channels[-1] * self.depth
 
     @property
     def embed_dim(self) -> int:
@@ -55,12 +87,13 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        channels = [3] + [config.depth * 2**i for i in range(4)]
+        geometry = GEOMETRY[config.image_size]
+        channels = [3, *(config.depth * c for c in geometry.channels)]
         self.cameras = CAMERAS[: config.cameras]
         for camera in self.cameras:
             layers: list[nn.Module] = []
-            for a, b in zip(channels[:-1], channels[1:], strict=True):
-                layers += [nn.Conv2d(a, b, 4, stride=2), nn.ELU()]
+            for i, padding in enumerate(geometry.padding):
+                layers += [nn.Conv2d(channels[i], channels[i + 1], 4, 2, padding), nn.ELU()]
             self.add_module(camera, nn.Sequential(*layers, nn.Flatten()))
         if config.cameras == 2:
             size = config.image_dim
@@ -69,35 +102,47 @@ class VisionEncoder(nn.Module):
             )
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        """`obs`: `rgb_static` (and `rgb_gripper`) `[..., 3, 64, 64]`, `proprio [..., P]`."""
+        """`obs`: `rgb_static` (and `rgb_gripper`) `[..., 3, h, w]`, `proprio [..., P]`."""
         leading = obs[CAMERAS[0]].shape[:-3]
-        parts = [self.get_submodule(c)(obs[c].flatten(0, -4)) for c in self.cameras]
-        image = self.fuse(torch.cat(parts, -1)) if len(parts) == 2 else parts[0]
+        image = self.pictures([obs[c].flatten(0, -4) for c in self.cameras])
         return torch.cat([image.unflatten(0, leading), obs["proprio"]], -1)
+
+    def pictures(self, pictures: list[Tensor]) -> Tensor:
+        """Pictures `[n, 3, h, w]` of each camera -> their embedding `[n, image_dim]`."""
+        parts = [self.get_submodule(c)(p) for c, p in zip(self.cameras, pictures, strict=True)]
+        return self.fuse(torch.cat(parts, -1)) if len(parts) == 2 else parts[0]
 
 
 class VisionDecoder(nn.Module):
-    """Features `[..., F]` -> pictures `[..., 3, 64, 64]` of each camera."""
+    """Features `[..., F]` -> pictures `[..., 3, h, w]` of each camera."""
 
     def __init__(self, config: VisionConfig, feature_dim: int) -> None:
         super().__init__()
-        size, depth = config.image_dim, config.depth
-        channels = (size, 4 * depth, 2 * depth, depth, 3)
+        size, geometry = config.image_dim, GEOMETRY[config.image_size]
+        channels = (size, *(config.depth * c for c in geometry.up_channels), 3)
         self.cameras = CAMERAS[: config.cameras]
         for camera in self.cameras:
             layers: list[nn.Module] = [
                 nn.Linear(feature_dim, size),
                 nn.Unflatten(-1, (size, 1, 1)),
             ]
-            for i, kernel in enumerate(DECODER_KERNELS):
-                layers += [nn.ConvTranspose2d(channels[i], channels[i + 1], kernel, stride=2)]
-                layers += [nn.ELU()] if i < 3 else []
-            self.add_module(camera, nn.Sequential(*layers))
+            for i, up in enumerate(geometry.up):
+                layers += [nn.ConvTranspose2d(channels[i], channels[i + 1], *up), nn.ELU()]
+            self.add_module(camera, nn.Sequential(*layers[:-1]))
 
     def forward(self, feature: Tensor) -> dict[str, Tensor]:
         """Reconstructions in [-1, 1] up to the error of the model."""
         leading, flat = feature.shape[:-1], feature.flatten(0, -2)
         return {c: self.get_submodule(c)(flat).unflatten(0, leading) for c in self.cameras}
+
+
+def xavier(*modules: nn.Module) -> None:
+    """Initialise convolutions and linear layers (section 1.5)."""
+    for module in (child for m in modules for child in m.modules()):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class VisionWorldModel(nn.Module):
@@ -120,11 +165,7 @@ class VisionWorldModel(nn.Module):
             config.hidden_dim,
         )
         self.decoder = VisionDecoder(config, self.rssm.feature_dim)
-        for module in (*self.encoder.modules(), *self.decoder.modules()):
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self.encoder, self.decoder)
 
     @property
     def feature_dim(self) -> int:

@@ -7,6 +7,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from diwa.agent import check_source
 from diwa.config import Config
 from diwa.data.store import EpisodeStore, write_store
 from diwa.envs.tasks import TASKS, fixture_tasks
@@ -19,7 +20,7 @@ TRAIN_STARTS, VALIDATION_STARTS, TEST_STARTS = 1_000_000, 2_000_000, 3_000_000
 
 
 def save_starts(path: Path, starts: dict[str, np.ndarray]) -> None:
-    """Write start observations `robot_obs [n, 15]`, `scene_obs [n, 24]` atomically."""
+    """Write start observations `robot_obs [n, 15]`, `scene_obs [n, 24]`, pictures atomically."""
     partial = path.with_name(f".{path.name}.partial.npz")
     np.savez(partial, **starts)  # type: ignore[arg-type]
     partial.replace(path)
@@ -33,7 +34,7 @@ def load_starts(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in ("robot_obs", "scene_obs")}
+            return {key: file[key] for key in {"robot_obs", "scene_obs", *file.files}}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run `diwa collect`") from None
 
@@ -44,33 +45,54 @@ def collect(config: Config, run: RunFolder) -> dict:
     with run.phase("collect", c.play_transitions, "collect/transitions") as phase:
         if phase.result is not None:
             return phase.result
+        check_source(config)
         from diwa.data.collect import collect_demos, collect_play
+        from diwa.data.record import record_play
         from diwa.envs.starts import make_starts
 
         def progress(done: int, _total: int) -> None:
             phase.log(done, {"collect/transitions": done})
 
-        seed = config.seed + c.seed_offset
+        seed, pictures = config.seed + c.seed_offset, config.world_model.picture_size
+        skills = fixture_tasks(config.task) if c.focus else TASKS
         if config.from_run:
             play = EpisodeStore(Path(config.from_run) / "collect" / "play")
         elif (phase.dir / "play" / "index.json").exists():
             play = EpisodeStore(phase.dir / "play")
+        elif pictures:
+            play = record_play(
+                phase.dir / "play",
+                c.play_transitions,
+                seed=seed,
+                workers=c.workers,
+                skills=skills,
+                image_size=pictures,
+                progress=progress,
+                simulator=config.env,
+            )
         else:
             episodes = collect_play(
                 c.play_transitions,
                 seed=seed,
                 workers=c.workers,
                 progress=progress,
-                skills=fixture_tasks(config.task) if c.focus else TASKS,
+                skills=skills,
                 simulator=config.env,
             )
             play = write_store(phase.dir / "play", episodes)
         count = c.demos or SKILL_DEMOS[config.task]
         demos = collect_demos(
-            config.task, count, seed=config.seed, workers=c.workers, simulator=config.env
+            config.task,
+            count,
+            seed=config.seed,
+            workers=c.workers,
+            simulator=config.env,
+            image_size=pictures,
         )
         store = write_store(phase.dir / "demos", demos)
-        starts = make_starts(config.task, c.train_starts, TRAIN_STARTS + config.seed, config.env)
+        starts = make_starts(
+            config.task, c.train_starts, TRAIN_STARTS + config.seed, config.env, pictures
+        )
         save_starts(phase.dir / "starts.npz", starts)
         return phase.finish(
             {

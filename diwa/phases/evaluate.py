@@ -12,6 +12,7 @@ from torch import Tensor
 from diwa.agent import Agent, load_policy, load_world_model, world_model_folder
 from diwa.config import Config
 from diwa.data.store import NEUTRAL_ACTION
+from diwa.nn.encoders import observed
 from diwa.nn.rssm import RSSMState
 from diwa.phases.collect import TEST_STARTS
 from diwa.run import RunFolder
@@ -57,14 +58,14 @@ class Slots:
         self.reset[slot], self.time[slot] = 1.0, 0
         self.action[slot] = torch.from_numpy(NEUTRAL_ACTION)
 
-    def act(self, robot_obs: Tensor, scene_obs: Tensor) -> NDArray[np.float32]:
+    def act(self, robot_obs: Tensor, scene_obs: Tensor, **frames: Tensor) -> NDArray[np.float32]:
         """Observe, plan where a chunk has been used up, and return actions `[N, 7]`."""
         model, c = self.agent.world_model, self.agent.policy.config
         rows = torch.arange(len(self.time))
         now = torch.from_numpy(np.minimum(self.time, self.max_steps))
         self.state = model.filter(
             self.state,
-            model.observation(robot_obs, scene_obs),
+            model.observation(robot_obs, scene_obs, **frames),
             self.action,
             self.reset,
             self.uniform[rows, now],
@@ -105,10 +106,19 @@ def evaluate_agent(
     total, limit = len(starts["robot_obs"]), config.evaluate.max_episode_steps
     count = min(config.evaluate.workers * ENVS_PER_WORKER, total)
     shares = [list(range(i, total, count)) for i in range(count)]
-    envs = queued_envs(config.task, starts, shares, limit, AutoresetMode.NEXT_STEP, config.env)
+    envs = queued_envs(
+        config.task,
+        starts,
+        shares,
+        limit,
+        AutoresetMode.NEXT_STEP,
+        simulator=config.env,
+        image_size=agent.world_model.config.picture_size,
+    )
     success = np.zeros(total, dtype=bool)
     finished = np.zeros(total, dtype=bool)
     slots = Slots(agent, count, limit, seed)
+    names = ("robot_obs", "scene_obs", *agent.world_model.cameras)
     try:
         obs, _ = envs.reset()
         position = np.zeros(count, dtype=int)
@@ -116,11 +126,7 @@ def evaluate_agent(
         for i in range(count):
             slots.begin(i, shares[i][0])
         while not finished.all():
-            robot, scene = (
-                torch.from_numpy(np.asarray(obs[k], np.float32)).to(slots.device)
-                for k in ("robot_obs", "scene_obs")
-            )
-            actions = slots.act(robot, scene)
+            actions = slots.act(**observed(obs, names, slots.device))
             obs, reward, terminated, truncated, _ = envs.step(actions)
             for i in np.flatnonzero(over).tolist():  # this step was the reset of a finished episode
                 position[i] = min(position[i] + 1, len(shares[i]) - 1)

@@ -25,7 +25,7 @@ from diwa.config import Config
 from diwa.envs.dream import Dream, SuccessFunction
 from diwa.errors import RunError
 from diwa.graph import GraphedStep
-from diwa.nn.encoders import to_tensor
+from diwa.nn.encoders import observed
 from diwa.nn.frozen import frozen_dtype
 from diwa.nn.heads import Critic
 from diwa.nn.world_model import WorldModel
@@ -286,8 +286,8 @@ def _env_steps() -> int:
 def make_dream(
     config: Config, model: WorldModel, success: SuccessFunction, starts: dict[str, Tensor]
 ) -> Dream:
-    """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]`; this
-    process's share of `n_dreams`."""
+    """The dreams of a fine-tuning, from starts `robot_obs [P, 15]`, `scene_obs [P, 24]` and the
+    pictures there if the world model sees them; this process's share of `n_dreams`."""
     c = config.finetune
     share = parallel.share(c.n_dreams, "finetune.n_dreams")
     return Dream(
@@ -298,6 +298,7 @@ def make_dream(
         share.stop - share.start,
         c.max_episode_steps,
         c.per_step_reward,
+        frames={camera: starts[camera] for camera in model.cameras},
     )
 
 
@@ -310,7 +311,7 @@ def _build(config: Config, run: RunFolder) -> Finetuner:
             f"the world model makes {model.feature_dim}; pre-train again (--overwrite)"
         )
     arrays = load_starts(run.dir("collect") / "starts.npz")
-    starts = {k: to_tensor(v, config.device) for k, v in arrays.items()}
+    starts = observed(arrays, ("robot_obs", "scene_obs", *model.cameras), config.device)
     success = success_function(config, run, model)
     return Finetuner(config, model, base, make_dream(config, model, success, starts))
 

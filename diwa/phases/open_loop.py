@@ -18,12 +18,14 @@ from diwa.nn.world_model import WorldModel
 CONTEXT, WINDOWS = 10, 64
 
 
-def _windows(episodes: list[Episode], length: int, seed: int) -> list[tuple[int, int]]:
-    """(episode, first frame) of up to WINDOWS windows of `length` frames, spread at random."""
+def draw_places(
+    episodes: list[Episode], length: int, count: int, seed: int
+) -> list[tuple[int, int]]:
+    """(episode, first frame) of up to `count` windows of `length` frames, spread at random."""
     places = [
         (i, t) for i, e in enumerate(episodes) for t in range(0, len(e) + 2 - length, length // 2)
     ]
-    order = np.random.default_rng(seed).permutation(len(places))[:WINDOWS]
+    order = np.random.default_rng(seed).permutation(len(places))[:count]
     return [places[k] for k in sorted(order)]
 
 
@@ -38,8 +40,8 @@ def open_loop_report(
         dream: arrays `real`, `dream` `[n, T, O]` in physical units (codec layout) and `names`.
     """
     horizon = config.open_loop_steps
-    places = _windows(episodes, CONTEXT + horizon, seed)
-    if not places:
+    places = draw_places(episodes, CONTEXT + horizon, WINDOWS, seed)
+    if not places or not model.predicts_state:
         return {}, {"real": np.zeros((0, 0, 0)), "dream": np.zeros((0, 0, 0)), "names": []}
     device = model.codec.mean.device
     columns: dict[str, list[Tensor]] = {"robot": [], "scene": [], "action": []}
@@ -50,7 +52,11 @@ def open_loop_report(
         columns["action"].append(to_tensor(previous_actions(episodes[i].action)[frames], device))
     robot, scene, action = (torch.stack(columns[k], dim=1) for k in ("robot", "scene", "action"))
     state = model.codec(robot, scene)
-    predicted = _predict(model, state, action, seed)
+    seen = {"state": state[:CONTEXT]}
+    for camera in model.cameras:
+        pictures = [episodes[i].frames[camera][t : t + CONTEXT] for i, t in places]
+        seen[camera] = torch.from_numpy(np.stack(pictures, axis=1)).to(device)
+    predicted = _predict(model, seen, action, seed)
     std, mean = model.codec.std, model.codec.mean
     real, dream = (v * std + mean for v in (state[CONTEXT:], predicted))
     constant = (state[CONTEXT - 1] * std + mean).expand_as(real)
@@ -67,23 +73,36 @@ def open_loop_report(
 
 
 @torch.no_grad()
-def _predict(model: WorldModel, state: Tensor, action: Tensor, seed: int) -> Tensor:
-    """Standardised predictions `[T, n, O]` after CONTEXT observed frames."""
-    device, n = state.device, state.shape[1]
-    generator = torch.Generator(device).manual_seed(seed)
-    reset = torch.zeros(CONTEXT, n, device=device)
+def _predict(model: WorldModel, seen: dict[str, Tensor], action: Tensor, seed: int) -> Tensor:
+    """Standardised predictions `[T, n, O]` after the observed frames."""
+    generator = torch.Generator(action.device).manual_seed(seed)
+    return model.decoder.state(dream_on(model, seen, action, generator))
+
+
+@torch.no_grad()
+def dream_on(
+    model: WorldModel, seen: dict[str, Tensor], action: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Features `[T - context, n, F]` of what follows some frames of context.
+
+    Args:
+        model: the world model.
+        seen: observations `[context, n, ...]` of the context, as the encoder takes them.
+        action: `[T, n, A]` that led to the frames of the context and to those after it.
+        generator: of the samples.
+    """
+    context, n = seen["state"].shape[:2]
+    reset = torch.zeros(context, n, device=action.device)
     reset[0] = 1.0
     post = model.rssm.observe(
-        model.encoder({"state": state[:CONTEXT]}),
-        action[:CONTEXT],
+        model.encoder(seen),
+        action[:context],
         reset,
         model.rssm.initial(n),
-        model.uniform(CONTEXT, n, generator=generator),
+        model.uniform(context, n, generator=generator),
     )
-    horizon = len(state) - CONTEXT
-    features = model.open_loop(
+    return model.open_loop(
         RSSMState(post.h[-1], post.z[-1]),
-        action[CONTEXT:],
-        model.uniform(horizon, n, generator=generator),
+        action[context:],
+        model.uniform(len(action) - context, n, generator=generator),
     )
-    return model.decoder(features)["state"]

@@ -13,7 +13,7 @@ from diwa.config import Config, PretrainConfig
 from diwa.data.sampler import previous_actions
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import StoreError
-from diwa.nn.encoders import to_tensor
+from diwa.nn.encoders import observed, to_tensor
 from diwa.nn.world_model import WorldModel
 from diwa.run import RunFolder
 
@@ -25,9 +25,8 @@ def episode_features(
 ) -> Tensor:
     """Posterior features `[T + 1, samples, F]` of an episode, from zero state as at test time."""
     device = model.codec.mean.device
-    obs = model.observation(
-        to_tensor(episode.robot_obs, device), to_tensor(episode.scene_obs, device)
-    )
+    seen = {"robot_obs": episode.robot_obs, "scene_obs": episode.scene_obs, **episode.frames}
+    obs = model.observation(**observed(seen, model.inputs, device))
     frames = len(episode) + 1
     obs = {k: v[:, None].expand(-1, samples, *v.shape[1:]) for k, v in obs.items()}
     action = to_tensor(previous_actions(episode.action), device)[:, None].expand(-1, samples, -1)

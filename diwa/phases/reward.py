@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,14 @@ class Windows(NamedTuple):
     Attributes:
         robot, scene, action: `[T, n, ...]`; action led to the frame.
         label: `[T, n]` bool, the task is solved relative to the first frame.
+        frames: camera -> uint8 `[T, n, h, w, 3]`, of the cameras that were asked for.
     """
 
     robot: Tensor
     scene: Tensor
     action: Tensor
     label: Tensor
+    frames: dict[str, Tensor]
 
 
 def candidate_windows(
@@ -68,6 +71,7 @@ def draw_windows(
     rng: np.random.Generator,
     *,
     need_both: bool = True,
+    cameras: Sequence[str] = (),
 ) -> Windows:
     """Up to `count` windows, half of them solved; the rest are misses and other behaviour.
 
@@ -93,6 +97,10 @@ def draw_windows(
         torch.stack([to_tensor(e.scene_obs[s]) for e, s in cut], 1),
         torch.stack([to_tensor(previous_actions(e.action)[s]) for e, s in cut], 1),
         torch.from_numpy(label),
+        {
+            name: torch.from_numpy(np.stack([e.frames[name][s] for e, s in cut], 1))
+            for name in cameras
+        },
     )
 
 
@@ -110,7 +118,7 @@ def window_features(
     reset = torch.zeros(length, n, device=device)
     reset[0] = 1.0
     real = model.encode_episode(
-        model.observation(robot, scene),
+        model.observation(robot, scene, **windows.frames),
         action,
         reset,
         model.uniform(length, n, generator=generator),
@@ -199,7 +207,13 @@ def train_reward(config: Config, run: RunFolder) -> dict:
         rng = np.random.default_rng(config.seed)
         generator = torch.Generator(device).manual_seed(config.seed)
         windows = draw_windows(
-            [episodes[i] for i in train], config.task, bounds, length, c.windows, rng
+            [episodes[i] for i in train],
+            config.task,
+            bounds,
+            length,
+            c.windows,
+            rng,
+            cameras=model.cameras,
         )
         real, dreamed = window_features(model, windows, generator)
         features = torch.cat([real, dreamed]).flatten(0, 1)
@@ -221,6 +235,7 @@ def train_reward(config: Config, run: RunFolder) -> dict:
                 c.windows,
                 rng,
                 need_both=False,
+                cameras=model.cameras,
             )
             report = reward_report(config, model, ClassifierSuccess(classifier, c.threshold), test)
         return phase.finish({"windows": windows.label.shape[1], **report})
@@ -235,7 +250,9 @@ def reward_report(
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     real, dreamed = window_features(model, windows, generator)
     scene_start = windows.scene[0].to(device)
-    judges = {"classifier": classifier, "decoder": DecoderSuccess(model, config.task)}
+    judges = {"classifier": classifier}
+    if model.predicts_state:
+        judges["decoder"] = DecoderSuccess(model, config.task)
     return {
         name: {
             kind: precision_recall(judge(features, scene_start).cpu(), windows.label)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,19 @@ from diwa.agent import (
     world_model_folder,
 )
 from diwa.config import Config, WorldModelConfig
+from diwa.data.columns import Column
 from diwa.data.prefetch import Prefetcher
-from diwa.data.sampler import StreamSampler, split_episodes
+from diwa.data.sampler import StreamSampler, split_episodes, store_rows
 from diwa.data.store import Episode, EpisodeStore
 from diwa.errors import RunError, StoreError
 from diwa.graph import GraphedStep
 from diwa.info import device_name
 from diwa.nn.encoders import to_tensor
 from diwa.nn.rssm import RSSMState
+from diwa.nn.vision import CAMERAS
 from diwa.nn.world_model import WorldModel
 from diwa.phases.open_loop import open_loop_report
+from diwa.phases.open_loop_pictures import picture_report
 from diwa.run import Phase, RunFolder
 
 LOG_EVERY, CHECKPOINT_EVERY = 25, 250
@@ -70,7 +74,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: WorldModelConfig, episodes: list[Episode], seed: int, device: str
+        self,
+        config: WorldModelConfig,
+        episodes: list[Episode],
+        seed: int,
+        device: str,
+        streamed: Mapping[str, Column] | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self.config = config
         self.streams = parallel.share(config.batch_size, "world_model.batch_size")
@@ -92,10 +102,13 @@ class Trainer:
             seq_len=config.seq_len,
             seed=seed,
             reset_prob=config.reset_prob,
+            streamed=streamed,
+            rows=rows,
             streams=self.streams,
         )
         cuda = torch.device(device).type == "cuda"
-        self.batches = Prefetcher(sampler, device, stop=config.steps, threaded=cuda)
+        ahead = cuda or bool(streamed)  # reading from disk is worth a thread also on a CPU
+        self.batches = Prefetcher(sampler, device, stop=config.steps, threaded=ahead)
         torch.backends.cuda.matmul.allow_tf32 = True  # no effect on a CPU
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -111,7 +124,7 @@ class Trainer:
 
     def _backward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = self.model.loss(
-            {"state": inputs["state"]},
+            {name: inputs[name] for name in ("state", *self.model.cameras)},
             inputs["action"],
             inputs["reset"],
             RSSMState(inputs["h"], inputs["z"]),
@@ -122,6 +135,7 @@ class Trainer:
         return {
             "loss": loss.total.detach(),
             "reconstruction": loss.reconstruction,
+            **({"pictures": loss.parts["pictures"]} if "pictures" in loss.parts else {}),
             "kl": loss.kl,
             "h": loss.state.h,
             "z": loss.state.z,
@@ -163,7 +177,35 @@ class Trainer:
         return {k: parallel.gather(getattr(self.carried, k)) for k in ("h", "z")}
 
 
-def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Episode], int]:
+class Play(NamedTuple):
+    """Recorded play, split; `streamed` and `rows` are the pictures as the sampler takes them."""
+
+    train: list[Episode]
+    held: list[Episode]
+    transitions: int
+    streamed: dict[str, Column]
+    rows: np.ndarray
+
+
+def _pictures(store: EpisodeStore, size: int) -> dict[str, Column]:
+    """The pictures of a store that a model of this picture size is trained on.
+
+    Raises:
+        StoreError: they were not recorded, or in another size.
+    """
+    if not size:
+        return {}
+    for camera in CAMERAS:
+        found = store.columns[camera].shape[1:] if camera in store.columns else None
+        if found != (size, size, 3):
+            raise StoreError(
+                f"{store.path} holds {found or 'no pictures'} of {camera}, the world model sees "
+                f"{(size, size, 3)}; collect play with the same --observation and image size"
+            )
+    return {camera: store.columns[camera] for camera in CAMERAS}
+
+
+def _load_play(config: Config, run: RunFolder) -> Play:
     store = EpisodeStore(source_folder(config, run.path) / "collect" / "play")
     episodes = list(store)
     for i, episode in enumerate(episodes):
@@ -171,7 +213,13 @@ def _load_play(config: Config, run: RunFolder) -> tuple[list[Episode], list[Epis
     train, held = split_episodes(episodes, config.world_model.holdout)
     if not train or sum(len(episodes[i]) for i in train) < config.world_model.seq_len:
         raise StoreError(f"{store.path} is too small to train a world model; collect more play")
-    return [episodes[i] for i in train], [episodes[i] for i in held], store.transitions
+    return Play(
+        [episodes[i] for i in train],
+        [episodes[i] for i in held],
+        store.transitions,
+        _pictures(store, config.world_model.picture_size),
+        store_rows(store.starts, store.lengths, train),
+    )
 
 
 def _train(trainer: Trainer, phase: Phase) -> None:
@@ -200,13 +248,18 @@ def _train(trainer: Trainer, phase: Phase) -> None:
 def _conclude(
     phase: Phase, trainer: Trainer, held: list[Episode], seed: int, device: str
 ) -> dict[str, Any]:
-    """Write weights and `dream.npz`; returns the result of the phase."""
+    """Write weights, `dream.npz` and, of a model that sees pictures, `dream_pictures.npz`; returns
+    the result of the phase."""
     model = trainer.model.requires_grad_(False).eval()
     report, dream = open_loop_report(model, held, trainer.config, seed)
     np.savez(phase.dir / "dream.npz", **dream)
+    pictures, films = picture_report(model, held, trainer.config.open_loop_pictures, seed)
+    if films:
+        np.savez_compressed(phase.dir / "dream_pictures.npz", **films)
     save_world_model(phase.dir, model)
     return {
         "open_loop": report,
+        **({"open_loop_pictures": pictures} if pictures else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": device_name(device),
     }
@@ -235,11 +288,11 @@ def train_world_model(config: Config, run: RunFolder) -> dict:
             parameters = sum(p.numel() for p in model.parameters())
             return phase.finish({"from_run": config.from_run, "parameters": parameters})
         torch.set_num_threads(config.threads)
-        train, held, transitions = _load_play(config, run)
-        trainer = Trainer(config.world_model, train, config.seed, config.device)
+        play = _load_play(config, run)
+        c, seed, device = config.world_model, config.seed, config.device
+        trainer = Trainer(c, play.train, seed, device, play.streamed, play.rows)
         with trainer.batches:
             _train(trainer, phase)
-        result: dict[str, Any] = {"play_transitions": transitions}
-        arguments = (phase, trainer, held, config.seed, config.device)
-        parallel.on_main(lambda: result.update(_conclude(*arguments)))
+        result: dict[str, Any] = {"play_transitions": play.transitions}
+        parallel.on_main(lambda: result.update(_conclude(phase, trainer, play.held, seed, device)))
         return phase.finish(result)

@@ -1,0 +1,130 @@
+"""Two skills from pixels, before and after fine-tuning -> benchmarks/results/vision_small.json.
+
+The hybrid world model sees two cameras of 64 x 64 pixels and the robot's own state. Everything runs
+on a CPU: play with one fixture (both directions of the slider), the world model, then both skills
+in processes of their own. Finished phases are skipped::
+
+    python benchmarks/vision_small.py --folder runs/vision
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+from benchmarks import skills_state
+from diwa.checkpoint import write_json
+from diwa.config import Config
+from diwa.phases.evaluate import evaluate_run
+from diwa.presets import PRESETS
+
+RESULT = Path(__file__).parent / "results" / "vision_small.json"
+SMALL = PRESETS["small"]
+SETTINGS = dataclasses.replace(
+    SMALL,
+    task="move_slider_left",
+    collect=dataclasses.replace(SMALL.collect, play_transitions=40_000),
+    world_model=dataclasses.replace(
+        SMALL.world_model, observation="hybrid", seq_len=20, steps=3000
+    ),
+    finetune=dataclasses.replace(SMALL.finetune, eval_every=0),
+)
+SHOWN = ("observation", "image_size", "cnn_depth", "image_weight", "image_stride")
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its children that have ended."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def note_cpu(folder: Path, name: str, before: float) -> None:
+    """Keep what one stage of a run took; wall time says little on a shared machine."""
+    path = folder / "cpu_seconds.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**known, name: round(cpu_seconds() - before, 1)})
+
+
+def shared_stages(args: argparse.Namespace) -> None:
+    """Play and world model of the shared run, unless they are there."""
+    from diwa.phases.collect import collect
+    from diwa.phases.world_model import train_world_model
+
+    run = skills_state.base_run(args)
+    for name, phase in (("collect", collect), ("world_model", train_world_model)):
+        if not (run.dir(name) / "result.json").exists():
+            before = cpu_seconds()
+            phase(run.config, run)
+            note_cpu(run.path, name, before)
+
+
+def one_skill(args: argparse.Namespace, task: str, seed: int) -> str:
+    """Demonstrations, policy, fine-tuning and evaluation of one skill."""
+    from diwa.phases.collect import collect
+
+    before = cpu_seconds()
+    config, run = skills_state.open_run(args, task, seed)
+    collect(config, run)
+    learned = skills_state.learn_one(args, task, seed)
+    result = evaluate_run(config, run)
+    note_cpu(run.path, "skill", before)
+    rates = " -> ".join(f"{result[k]['success']:.2f}" for k in ("base", "finetuned"))
+    return f"{learned}, real {rates}"
+
+
+def summarise(args: argparse.Namespace) -> dict[str, Any]:
+    """The schema of skills_state.json with the scores of the dreamed pictures and times."""
+    base = skills_state.base_run(args)
+    folders = [base.path, *(skills_state.skill_folder(args, *pair) for pair in args.pairs)]
+    cpu = {}
+    for folder in folders:
+        path = folder / "cpu_seconds.json"
+        cpu[folder.name] = json.loads(path.read_text()) if path.exists() else {}
+    config: Config = base.config
+    model = base.result("world_model")
+    return {
+        **skills_state.summarise(args),
+        "open_loop_pictures": model["open_loop_pictures"],
+        "world_model": {
+            **{name: getattr(config.world_model, name) for name in SHOWN},
+            "parameters": model["parameters"],
+        },
+        "cpu_seconds": cpu,
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/vision"))
+    parser.add_argument("--tasks", nargs="+", default=["move_slider_left", "move_slider_right"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=2, help="skills that learn at the same time")
+    args = parser.parse_args()
+    args.folder, args.settings = args.folder.resolve(), SETTINGS
+    args.device, args.preset, args.env = "cpu", SETTINGS.preset, SETTINGS.env
+    args.demos = []  # those of diwa.skills
+    args.pairs = [(task, seed) for seed in args.seeds for task in args.tasks]
+    return args
+
+
+def main() -> None:
+    """Run what is not done yet and write the result."""
+    args = parse()
+    shared_stages(args)
+    skills_state.for_all(args, one_skill, args.jobs)
+    result = summarise(args)
+    write_json(RESULT, result)
+    for task, t in result["tasks"].items():
+        print(f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}")
+    for camera, scores in result["open_loop_pictures"]["cameras"].items():
+        ends = [scores["psnr"][k] for k in ("model", "copy")]
+        print(f"{camera}: PSNR {ends[0][0]:.1f} to {ends[0][-1]:.1f} dB, copy {ends[1][-1]:.1f} dB")
+
+
+if __name__ == "__main__":
+    main()
