@@ -123,7 +123,7 @@ class Published:
         weight = torch.tensor([c.gamma_denoising ** (kf - i - 1) for i in range(kf)])
         advantage = (advantage[:, None] * weight).flatten()
         ratio = (new - r.log_prob.flatten()).exp()
-        clip = self.it.tuner.clip.repeat(len(feature))
+        clip = self.it.tuner.ppo.clip.repeat(len(feature))
         clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
         value_loss = 0.5 * (self.critic(feature) - returns.flatten()).square().mean()
