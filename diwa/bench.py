@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--quick", action="store_true", help="under two minutes; nothing is compiled")
     p.add_argument("--only", action="append", metavar="TEXT", help="items whose name has TEXT")
+    p.add_argument(
+        "--size", choices=("paper", "compact"), help="items of one size of the models [both]"
+    )
     p.add_argument("--threads", type=int, default=1, help="torch threads [1]")
     p.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     p.add_argument("--rounds", type=int, help="samples per item [9; 5 if quick]")
@@ -72,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.epilog = (
         "A full run writes benchmarks/results/cpu.json in a source tree, diwa-bench.json in the "
-        "current folder elsewhere; with --quick or --only nothing is written without --out."
+        "current folder elsewhere; with --quick, --only or --size nothing is written without --out."
     )
     return p
 
@@ -89,14 +92,17 @@ def main(arguments: list[str]) -> int:
     suite()
     operators = importlib.import_module("diwa.benchmarks.operators")
     harness = importlib.import_module("diwa.benchmarks.harness")
+    inputs = importlib.import_module("diwa.benchmarks.inputs")
+    sizes = [s for s in (inputs.PAPER, inputs.COMPACT) if options.size in (None, s.name)]
     chosen = [
         e
-        for e in operators.entries()
+        for e in operators.entries(sizes)
         if (e.quick or not options.quick)
         and (not options.only or any(text in e.name for text in options.only))
     ]
     if not chosen:
-        raise DiwaError(f"no item has {' or '.join(options.only)} in its name; see --list")
+        wanted = " or ".join(options.only or ["such a size"])
+        raise DiwaError(f"no item has {wanted} in its name; see --list")
     if options.list:
         print("\n".join(e.name for e in chosen))
         return 0
@@ -108,7 +114,7 @@ def main(arguments: list[str]) -> int:
     )
     result = operators.run(chosen, settings, lambda text: print(text, flush=True))
     out = options.out
-    if out is None and not (options.quick or options.only):
+    if out is None and not (options.quick or options.only or options.size):
         source = (ROOT / "setup.py").exists()
         out = ROOT / "benchmarks" / "results" / "cpu.json" if source else Path("diwa-bench.json")
     if out is not None:

@@ -176,7 +176,7 @@ def test_comparison_needs_a_common_item():
 
 def test_command_writes_a_result_file(tmp_path, monkeypatch, capsys):
     one = [operators.Entry("mish", "B=1", "fp32", lambda _: _case(), True)]
-    monkeypatch.setattr(operators, "entries", lambda: one)
+    monkeypatch.setattr(operators, "entries", lambda sizes: one)
     out = tmp_path / "results" / "cpu.json"
     assert cli.main(["bench", "--quick", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -187,7 +187,7 @@ def test_command_writes_a_result_file(tmp_path, monkeypatch, capsys):
     assert cli.main(again) in (0, 1)
     assert "speed-up over the original" in capsys.readouterr().out
     monkeypatch.setattr(
-        operators, "entries", lambda: [one[0].__class__("mish", "B=1", "fp32", None)]
+        operators, "entries", lambda sizes: [one[0].__class__("mish", "B=1", "fp32", None)]
     )
     assert cli.main(["bench", "--only", "nothing"]) == cli.USAGE_ERROR
 
