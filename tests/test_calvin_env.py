@@ -20,6 +20,7 @@ from diwa.envs.calvin import CalvinEnv, calvin_root, egl_works  # noqa: E402
 from diwa.envs.experts import Expert  # noqa: E402
 from diwa.envs.panda import POS_SCALE, REST_JOINTS  # noqa: E402
 from diwa.envs.playtable import PlayTable  # noqa: E402
+from diwa.envs.simulator import bullet  # noqa: E402
 from diwa.envs.starts import BLOCK_SLOTS, make_starts, sample_starts  # noqa: E402
 from diwa.envs.tasks import BULB, BUTTON, LED, SWITCH  # noqa: E402
 from diwa.errors import SimulatorError  # noqa: E402
@@ -38,6 +39,14 @@ def state(**scene_entries):
     for name, value in scene_entries.items():
         scene[{"led": LED, "bulb": BULB, "button": BUTTON, "switch": SWITCH}[name]] = value
     return {"robot_obs": robot, "scene_obs": scene}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Simulators that other tests have left open would keep CALVIN out of this process."""
+    for client in range(64):
+        if bullet.isConnected(client):
+            bullet.disconnect(client)
 
 
 @pytest.fixture

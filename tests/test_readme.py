@@ -92,3 +92,13 @@ def test_table_from_results(tool):
     changed = tool.with_table(README, table)
     assert changed != README and changed.count(tool.BEGIN) == 1
     assert tool.with_table(changed, table) == changed
+
+
+def test_calvin_numbers_are_those_of_the_result():
+    tasks = json.loads((ROOT / "benchmarks/results/calvin.json").read_text())["tasks"].values()
+    before, after = (
+        sum(t[name]["success"] for t in tasks) / len(tasks) for name in ("base", "finetuned")
+    )
+    assert f"{100 * before:.0f} % to {100 * after:.0f} % on average" in README
+    assert len(tasks) == 6 and {t["base"]["n"] for t in tasks} == {100}
+    assert sum(t["finetune_env_steps"] for t in tasks) == 0

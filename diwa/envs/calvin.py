@@ -189,6 +189,7 @@ class CalvinEnv(Simulator):
     ) -> None:
         self._env: Any = None
         super().__init__(task, cameras, image_size, max_episode_steps, render_mode)
+        self._config = _settings(import_calvin())
         if renderer == "egl" and not egl_works():
             raise SimulatorError("the EGL renderer does not start here; use renderer='cpu'")
         if bullet.isConnected(0):
@@ -196,7 +197,6 @@ class CalvinEnv(Simulator):
                 "CALVIN must be the first simulator of a process and the only one of its kind: "
                 "close() the other one before, or use one process for each"
             )
-        self._config = _settings(import_calvin())
         with quiet():
             self._env = self._build(egl=renderer == "egl")
         self._client = self._env.cid
