@@ -5,7 +5,7 @@ and once with a Gaussian policy, and evaluates each policy in dreams (judged by 
 trained on) and in the simulator: benchmarks/results/bc_sweep.json.
 Play, world model, demonstrations, base policy and reward are those of the run, which stays as it
 is. Without the term a policy may learn what only the world model believes (success in dreams up,
-in the simulator not); with too much of it, it stays what it was. Finished rows are kept::
+in the simulator not); with too much of it, it stays what it was. Rows that are finished are kept::
 
     python benchmarks/bc_sweep.py --from-run runs/skills/move_slider_left-0 --folder runs/bc_sweep
 """
@@ -106,6 +106,13 @@ def base_success(run: RunFolder, episodes: int) -> dict[str, Any]:
     return found
 
 
+def finished_rows(folder: Path) -> dict[str, Any]:
+    """All rows measured so far, by reward and coefficient."""
+    found = {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/row.json")}
+    key = ("policy", "reward", "bc_coef")
+    return dict(sorted(found.items(), key=lambda item: [item[1][k] for k in key]))
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -135,12 +142,10 @@ def main() -> None:
     ]
     if args.gaussian:
         plan.append(("gaussian", gaussian(source)))
-    rows: dict[str, Any] = {}
     base = base_success(prepare(args.from_run, args.folder / "base", source), args.episodes)
     for name, config in plan:
         run = prepare(args.from_run, args.folder / name, config)
-        rows[name] = measure(run, args.episodes, config.policy != source.policy)
-        row = rows[name]
+        row = measure(run, args.episodes, config.policy != source.policy)
         print(
             f"{name:16s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
             f"{row.get('base', base)['success']:.2f} -> {row['finetuned']['success']:.2f}",
@@ -160,7 +165,7 @@ def main() -> None:
                     "iterations": source.finetune.iterations,
                 },
                 "base": base,
-                "rows": rows,
+                "rows": finished_rows(args.folder),
             },
         )
 
