@@ -1,10 +1,11 @@
 """What keeps PPO honest in dreams: the behaviour-cloning coefficient, the reward, the policy.
 
-Fine-tunes one skill of an existing run again, once per coefficient of the cloning term and once per
-variant, and evaluates each policy in dreams and in the simulator: benchmarks/results/bc_sweep.json.
+Fine-tunes one skill of an existing run again, once per coefficient of the cloning term and reward,
+and once with a Gaussian policy, and evaluates each policy in dreams (judged by the reward it was
+trained on) and in the simulator: benchmarks/results/bc_sweep.json.
 Play, world model, demonstrations, base policy and reward are those of the run, which stays as it
 is. Without the term a policy may learn what only the world model believes (success in dreams up,
-in the simulator not); with too much of it, it stays what it was. Finished rows are kept::
+in the simulator not); with too much of it, it stays what it was. Rows that are finished are kept::
 
     python benchmarks/bc_sweep.py --from-run runs/skills/move_slider_left-0 --folder runs/bc_sweep
 """
@@ -30,23 +31,23 @@ from diwa.run import RunFolder
 RESULT = Path(__file__).parent / "results" / "bc_sweep.json"
 COEFFICIENTS = (0.0, 0.5, 0.05, 0.1, 0.025, 0.01)
 """The paper's, the telling ones first."""
-VARIANTS = ("classifier", "decoder", "gaussian")
+REWARDS = ("decoder", "classifier")
 REUSED = ("collect", "world_model", "pretrain", "reward")
 
 
-def variant_config(source: Config, name: str) -> Config:
-    """The run's settings with another reward (section 7.5) or policy (section 7.2)."""
-    if name == "gaussian":
-        policy = dataclasses.replace(source.policy, kind="gaussian")
-        return dataclasses.replace(source, policy=policy)
-    reward = dataclasses.replace(source.reward, kind=name)
-    return dataclasses.replace(source, reward=reward)
+def variant(source: Config, reward: Any, coefficient: float) -> Config:
+    """The run's settings with another reward and weight of the cloning term (section 7.5)."""
+    return dataclasses.replace(
+        source,
+        reward=dataclasses.replace(source.reward, kind=reward),
+        finetune=dataclasses.replace(source.finetune, bc_coef=coefficient),
+    )
 
 
-def coefficient_config(source: Config, coefficient: float) -> Config:
-    """The run's settings with another weight of the cloning term."""
-    ppo = dataclasses.replace(source.finetune, bc_coef=coefficient)
-    return dataclasses.replace(source, finetune=ppo)
+def gaussian(source: Config) -> Config:
+    """The run's settings with the other policy (section 7.2)."""
+    policy = dataclasses.replace(source.policy, kind="gaussian")
+    return dataclasses.replace(source, policy=policy)
 
 
 def prepare(source: Path, path: Path, config: Config) -> RunFolder:
@@ -105,13 +106,21 @@ def base_success(run: RunFolder, episodes: int) -> dict[str, Any]:
     return found
 
 
+def finished_rows(folder: Path) -> dict[str, Any]:
+    """All rows measured so far, by reward and coefficient."""
+    found = {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/row.json")}
+    key = ("policy", "reward", "bc_coef")
+    return dict(sorted(found.items(), key=lambda item: [item[1][k] for k in key]))
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--from-run", type=Path, required=True, help="a finished run of one skill")
     parser.add_argument("--folder", type=Path, default=Path("runs/bc_sweep"))
     parser.add_argument("--coefficients", nargs="*", type=float, default=COEFFICIENTS)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--rewards", nargs="*", choices=REWARDS, default=REWARDS)
+    parser.add_argument("--gaussian", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--episodes", type=int, default=100, help="test episodes of each row")
     parser.add_argument("--iterations", type=int, help="PPO iterations, where not the run's own")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -126,16 +135,19 @@ def main() -> None:
     if args.iterations:
         ppo = dataclasses.replace(ppo, iterations=args.iterations)
     source = dataclasses.replace(source, finetune=ppo)
-    plan = [(f"bc-{c:g}", coefficient_config(source, c)) for c in args.coefficients]
-    plan += [(name, variant_config(source, name)) for name in args.variants]
-    rows: dict[str, Any] = {}
+    plan = [
+        (f"{reward}-{c:g}", variant(source, reward, c))
+        for c in args.coefficients
+        for reward in args.rewards
+    ]
+    if args.gaussian:
+        plan.append(("gaussian", gaussian(source)))
     base = base_success(prepare(args.from_run, args.folder / "base", source), args.episodes)
     for name, config in plan:
         run = prepare(args.from_run, args.folder / name, config)
-        rows[name] = measure(run, args.episodes, config.policy != source.policy)
-        row = rows[name]
+        row = measure(run, args.episodes, config.policy != source.policy)
         print(
-            f"{name:12s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
+            f"{name:16s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
             f"{row.get('base', base)['success']:.2f} -> {row['finetuned']['success']:.2f}",
             flush=True,
         )
@@ -153,7 +165,7 @@ def main() -> None:
                     "iterations": source.finetune.iterations,
                 },
                 "base": base,
-                "rows": rows,
+                "rows": finished_rows(args.folder),
             },
         )
 

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-OPTIONAL = ("triton", "gymnasium", "pybullet", "tensorboard", "matplotlib", "imageio")
+OPTIONAL = (
+    "triton",
+    "gymnasium",
+    "pybullet",
+    "tensorboard",
+    "matplotlib",
+    "imageio",
+    "pyarrow",
+    "av",
+)
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:
