@@ -76,6 +76,9 @@ NO_DECODER = (
     "pictures only; add --reward.kind classifier or use --observation hybrid"
 )
 
+SHORT = {"--observation": "--world-model.observation"}
+"""Short name of a setting -> its flag."""
+
 SECTIONS = {"policy": "pretrain"}
 """Phase that the settings of a section first matter to, where the names differ."""
 
@@ -190,11 +193,12 @@ def parse(command: str, arguments: Sequence[str]) -> Options:
         DiwaError: no such preset or file, or a value that cannot be.
         SystemExit: other mistakes, explained by tyro with the nearest flag; also `--help`.
     """
+    parts = [argument.partition("=") for argument in arguments]
     options = tyro.cli(
         Options,
         prog=f"diwa {command}",
         description=COMMANDS[command].lstrip("1234567. "),
-        args=arguments,
+        args=[SHORT.get(flag, flag) + sign + value for flag, sign, value in parts],
         default=Options(settings=_base(arguments)),
     )
     check(options.settings)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from diwa.skills import TaskName
 
@@ -40,11 +38,9 @@ class CollectConfig:
 class WorldModelConfig:
     """RSSM world model (method section 1)."""
 
-    observation: Annotated[
-        Literal["state", "vision", "hybrid"], tyro.conf.arg(aliases=["--observation"])
-    ] = "state"
-    """What the robot sees. `state`: robot and scene state. `vision`: the pictures of two cameras
-    and the robot's own state. `hybrid`: sees what `vision` sees and learns to predict the scene
+    observation: Literal["state", "vision", "hybrid"] = "state"
+    """What the robot sees; `--observation` for short. `state`: robot and scene state. `vision`: the
+    pictures of two cameras and the robot's own state. `hybrid`: sees what `vision` sees and learns to predict the scene
     state as well, from which the reward follows (`reward.kind` `decoder`)."""
     image_size: Literal[64, 224] = 64
     """Edge of the pictures in pixels."""

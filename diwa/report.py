@@ -36,6 +36,8 @@ CAPTIONS = {
     "that only the fine-tuned policy solved); the frame turns green when the skill is done.",
     "dream.mp4": "Held-out play on the left, dreamed from the same ten frames and actions on the "
     "right.",
+    "dream_pictures.mp4": "Pictures of held-out play on the left, dreamed from two frames and the "
+    "actions on the right.",
 }
 """File of the report -> what it shows, in the order of the page."""
 

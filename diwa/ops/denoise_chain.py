@@ -197,8 +197,7 @@ def denoise_chain(
     frozen = PackedNetwork(base) if isinstance(base, Network) else base
     if base is tuned:
         frozen = packed
-    on_cuda = noise.is_cuda or backend == "cuda"
-    unfit = {"cuda": _cluster_problem(net, frozen, noise.device)} if on_cuda else {}
+    unfit = {"cuda": _cluster_problem(net, frozen, noise.device)}
     chosen = registry.choose("denoise_chain", noise, backend, unfit)
     if chosen != "cpu" and z_idx is not None:
         cond = reference.one_hot_feature(cond, z_idx, net.cond_in.shape[1] - cond.shape[1])

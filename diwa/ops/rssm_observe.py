@@ -141,7 +141,7 @@ class _Observe(torch.autograd.Function):
             norms,
             *ctx.options,
         )
-        gains = d_norms.sum(0).unflatten(0, (4, -1))
+        gains = d_norms.sum(0).view(4, -1)
         d_g, d_o = d_gates.flatten(0, 1), d_logits.flatten(0, 1)
         n, rz, nr = d_g[:, :size], d_g[:, size : 3 * size], d_g[:, 3 * size :]
         inputs, before = a.flatten(0, 1), _earlier(h0, h, keep)
