@@ -40,8 +40,8 @@ class WorldModelConfig:
 
     observation: Literal["state", "vision", "hybrid"] = "state"
     """What the robot sees; `--observation` for short. `state`: robot and scene state. `vision`: the
-    pictures of two cameras and the robot's own state. `hybrid`: sees what `vision` sees and learns to predict the scene
-    state as well, from which the reward follows (`reward.kind` `decoder`)."""
+    pictures of two cameras and the robot's own state. `hybrid`: sees what `vision` sees and learns
+    to predict the scene state as well, from which the reward follows (`reward.kind` `decoder`)."""
     image_size: Literal[64, 224] = 64
     """Edge of the pictures in pixels."""
     cnn_depth: int = 8

@@ -288,4 +288,4 @@ def rssm_observe(
     )
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     hs, zs, logits = _Observe.apply(*inputs, unimix, eps, dtype, save)
-    return hs, zs, logits.unflatten(-1, (uniform.shape[-1], -1))
+    return hs, zs, logits.view(*logits.shape[:2], uniform.shape[-1], -1)
