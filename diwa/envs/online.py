@@ -65,7 +65,7 @@ class OnlineEnv:
         """Filter one frame where `live [N]`; the other states stay."""
         model = self.world_model
         seen = model.observation(**observed(obs, model.inputs, self.device))
-        new = self.world_model.filter(self.state, seen, action, reset, uniform)
+        new = model.filter(self.state, seen, action, reset, uniform)
         keep = live[:, None]
         self.state = RSSMState(
             torch.where(keep, new.h, self.state.h), torch.where(keep, new.z, self.state.z)

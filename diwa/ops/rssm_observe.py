@@ -274,8 +274,6 @@ def rssm_observe(
     chosen = registry.choose("rssm_observe", h, backend, _unfit(w, given, reset, uniform))
     if chosen == "reference" or not embed.shape[0] * embed.shape[1]:
         return reference_rssm.rssm_observe(w, *given, unimix=unimix, eps=eps)
-    if chosen == "triton":
-        return rssm_observe_gpu.observe(w, *given, unimix=unimix, eps=eps, dtype=dtype)
     inputs = (
         F.linear(embed, w.head_e, w.head_bias),  # type: ignore[arg-type]
         F.linear(action, w.cell_a, w.cell_bias),
@@ -287,5 +285,8 @@ def rssm_observe(
         *(w.head_h, w.head_gain, w.head_shift, w.out, w.out_bias),
     )
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    hs, zs, logits = _Observe.apply(*inputs, unimix, eps, dtype, save)
+    if chosen == "triton":
+        hs, zs, logits = rssm_observe_gpu.Scan.apply(*inputs, unimix, eps, dtype)
+    else:
+        hs, zs, logits = _Observe.apply(*inputs, unimix, eps, dtype, save)
     return hs, zs, logits.view(*logits.shape[:2], uniform.shape[-1], -1)

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .onehot_ln_elu import onehot_ln_elu
-from .reference_rssm import RSSMWeights
 
 aten = torch.ops.aten
 
@@ -75,7 +74,10 @@ class _Norm:
         )[1:]
 
 
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
+    """The scan of `rssm_observe` from the projections on, T >= 1: h `[T, B, H]`, z `[T, B, Z]`,
+    logits `[T, B, Z]`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -169,29 +171,3 @@ class _Scan(torch.autograd.Function):
             *(gradient(d_logits, b), d_logits.sum((0, 1))),
             *[None] * 3,
         )
-
-
-def observe(
-    w: RSSMWeights,
-    embed: Tensor,
-    action: Tensor,
-    reset: Tensor,
-    h: Tensor,
-    z: Tensor,
-    uniform: Tensor,
-    *,
-    unimix: float,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of `rssm_observe`, T >= 1: h `[T, B, H]`, z `[T, B, Z]`, logits `[T, B, S, C]`."""
-    assert w.head_e is not None
-    hs, zs, logits = _Scan.apply(
-        F.linear(embed, w.head_e, w.head_bias),
-        F.linear(action, w.cell_a, w.cell_bias),
-        *(1 - reset, h, z, uniform),
-        *(w.cell_z, w.cell_gain, w.cell_shift, w.w_ih, w.w_hh, w.b_ih, w.b_hh),
-        *(w.head_h, w.head_gain, w.head_shift, w.out, w.out_bias),
-        *(unimix, eps, dtype),
-    )
-    return hs, zs, logits.unflatten(-1, (uniform.shape[-1], -1))
