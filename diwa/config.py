@@ -68,6 +68,9 @@ class WorldModelConfig:
     """Folder of another run whose world model, of the same architecture, training starts from."""
     steps: int = 3000
     """Gradient steps."""
+    frozen_encoder_steps: int = 0
+    """How many of the last steps leave the CNN as it is: all frames are embedded once, in memory,
+    which makes such a step several times cheaper."""
     batch_size: int = 16
     """Parallel streams B."""
     seq_len: int = 40

@@ -18,7 +18,8 @@ from diwa.nn.vision import VisionConfig, VisionDecoder, VisionEncoder, picture_i
 from diwa.nn.world_model import WorldModel
 from diwa.phases.open_loop import draw_places
 from diwa.phases.open_loop_pictures import CONTEXT, picture_report
-from diwa.phases.world_model import Trainer, _pictures
+from diwa.phases.world_model import _pictures
+from diwa.phases.world_model_trainer import Trainer
 from diwa.picture_metrics import psnr, squared_error, ssim
 
 HYBRID = WorldModelConfig(
@@ -243,6 +244,45 @@ def test_training_learns_where_the_square_is_and_dreams_it(tmp_path):
         assert better[5:].mean() > 0.5  # the square moves on, a copy of it does not
     assert films["dream_rgb_static"].shape == films["real_rgb_static"].shape == (4, 20, 64, 64, 3)
     assert films["dream_rgb_static"].dtype == np.uint8
+
+
+def test_a_frozen_encoder_is_left_alone_and_changes_no_loss(tmp_path):
+    """Embeddings from before are those of the frames: only the encoder stops learning."""
+    store = write_store(tmp_path / "play", moving_square(3, 20, 0))
+    config = dataclasses.replace(HYBRID, steps=4, batch_size=2, seq_len=5)
+    freezing, learning = (
+        trainer(store, dataclasses.replace(config, frozen_encoder_steps=n)) for n in (2, 0)
+    )
+    weights, losses = [], []
+    for step in range(4):
+        losses.append([t.step(step)["loss"].item() for t in (freezing, learning)])
+        weights.append({k: v.clone() for k, v in freezing.model.state_dict().items()})
+    # a step's loss is that before its update, so the first frozen one still agrees
+    np.testing.assert_allclose(*np.transpose(losses[:3]), rtol=1e-5)
+    assert losses[3][0] != losses[3][1]
+    for name, last in weights[3].items():
+        if name.startswith("encoder."):
+            assert not torch.equal(weights[0][name], weights[1][name]), name
+            assert torch.equal(weights[1][name], last), name
+        elif not name.startswith("codec."):
+            assert not torch.equal(weights[1][name], last), name
+
+
+def test_a_training_resumed_with_a_frozen_encoder_goes_on_as_if_never_stopped(tmp_path):
+    store = write_store(tmp_path / "play", moving_square(3, 20, 0))
+    config = dataclasses.replace(
+        HYBRID, steps=5, batch_size=2, seq_len=5, frozen_encoder_steps=4, reset_prob=1.0
+    )
+    whole, resumed = trainer(store, config), trainer(store, config)
+    for step in range(3):
+        whole.step(step)
+    for part in ("model", "optimizer"):
+        getattr(resumed, part).load_state_dict(getattr(whole, part).state_dict())
+    resumed.generator.set_state(whole.generator.get_state())
+    resumed.carried = whole.carried
+    for step in (3, 4):
+        expected = whole.step(step)["loss"]
+        torch.testing.assert_close(resumed.step(step)["loss"], expected, rtol=1e-6, atol=0)
 
 
 def test_play_without_the_right_pictures_is_refused(tmp_path):

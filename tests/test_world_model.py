@@ -10,7 +10,7 @@ from diwa.data.store import Episode
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
 from diwa.phases.open_loop import open_loop_report
-from diwa.phases.world_model import Trainer, learning_rate
+from diwa.phases.world_model_trainer import Trainer, learning_rate
 
 SMALL = WorldModelConfig(
     deter_dim=32,

@@ -13,6 +13,7 @@ from diwa.data.store import Episode, write_store
 from diwa.errors import DiwaError, RunError
 from diwa.nn.vision import CAMERAS
 from diwa.phases import world_model
+from diwa.phases.world_model_trainer import Trainer
 from diwa.presets import PRESETS
 from diwa.run import Phase, RunFolder
 
@@ -129,7 +130,7 @@ def picture_step(path) -> dict[str, np.ndarray]:
     config = with_model(**PICTURES)
     play = world_model._load_play(config, RunFolder(path, config, quiet=True))
     c = config.world_model
-    trainer = world_model.Trainer(c, play.train, 0, "cpu", play.streamed, play.rows)
+    trainer = Trainer(c, play.train, 0, "cpu", play.streamed, play.rows)
     with trainer.batches:
         scalars = trainer.metrics(trainer.step(0))
     del scalars["data_wait"]

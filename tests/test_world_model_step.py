@@ -11,7 +11,8 @@ from diwa import cli
 from diwa.data.store import EpisodeStore
 from diwa.errors import DiwaError
 from diwa.ops import use_backend
-from diwa.phases import world_model
+from diwa.phases import world_model_trainer
+from diwa.phases.world_model_trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def play(tmp_path_factory):
     return list(EpisodeStore(path / "collect" / "play"))
 
 
-def trainer(play, **changes) -> world_model.Trainer:
-    return world_model.Trainer(with_model(**changes).world_model, play, 0, "cpu")
+def trainer(play, **changes) -> Trainer:
+    return Trainer(with_model(**changes).world_model, play, 0, "cpu")
 
 
 def test_bfloat16_is_close_and_its_weights_are_float32(play):
@@ -44,14 +45,14 @@ def test_bfloat16_is_close_and_its_weights_are_float32(play):
 
 def test_the_scan_is_rounded_too(play, monkeypatch):
     given = []
-    plain = world_model.WorldModel.loss
+    plain = world_model_trainer.WorldModel.loss
 
     def loss(self, *arguments):
         observe = self.rssm.observe
         self.rssm.observe = lambda *a, **k: given.append(k) or observe(*a, **k)
         return plain(self, *arguments)
 
-    monkeypatch.setattr(world_model.WorldModel, "loss", loss)
+    monkeypatch.setattr(world_model_trainer.WorldModel, "loss", loss)
     trainer(play, precision="bfloat16").step(0)
     trainer(play).step(0)
     assert [k["dtype"] for k in given] == [torch.bfloat16, torch.float32]
@@ -89,7 +90,7 @@ class StrictStep:
 def test_steps_as_replayed_graphs_train_the_same(play, monkeypatch):
     plain = trainer(play)
     expected = [{k: v.clone() for k, v in plain.step(i).items()} for i in range(7)]
-    monkeypatch.setattr(world_model, "GraphedStep", StrictStep)
+    monkeypatch.setattr(world_model_trainer, "GraphedStep", StrictStep)
     strict = trainer(play)
     for step, want in enumerate(expected):
         got = strict.step(step)
@@ -109,7 +110,7 @@ def test_forward_and_backward_read_nothing_on_the_host(backend, precision):
             pytest.skip("CPU tensors run on Triton under TRITON_INTERPRET=1 only")
     c = dataclasses.replace(CONFIG.world_model, precision=precision)
     with FakeTensorMode(), use_backend(backend):
-        model = world_model.WorldModel(c)
+        model = world_model_trainer.WorldModel(c)
         state = model.rssm.initial(3)
         inputs = (torch.randn(5, 3, model.codec.size), torch.randn(5, 3, 7), torch.zeros(5, 3))
         loss = model.loss({"state": inputs[0]}, *inputs[1:], state, torch.rand(5, 3, 4))

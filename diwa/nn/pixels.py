@@ -30,7 +30,8 @@ class PixelEncoder(VisionEncoder):
     """Observation dict -> embedding `[..., E]`.
 
     The dict holds `state [..., >= 18]`, of which the leading `PROPRIO_DIM` columns are seen, and
-    for each camera uint8 frames `[..., size, size, 3]`, which may still be in the CPU's memory.
+    for each camera uint8 frames `[..., size, size, 3]`, which may still be in the CPU's memory; or
+    `embed`, what this encoder made of them before.
     """
 
     def __init__(self, config: WorldModelConfig) -> None:
@@ -40,6 +41,8 @@ class PixelEncoder(VisionEncoder):
         xavier(self)
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        if "embed" in obs:
+            return obs["embed"]
         proprio = obs["state"][..., :PROPRIO_DIM]
         frames = [obs[camera].flatten(0, -4) for camera in self.cameras]
         piece = len(frames[0]) if torch.is_grad_enabled() else PIECE
