@@ -1,12 +1,17 @@
 """Recording: exact counts, independence of the number of workers, failures in play."""
 
+import multiprocessing
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 pytest.importorskip("pybullet")
 pytest.importorskip("gymnasium")
 
-from diwa.data.collect import collect_demos, collect_play  # noqa: E402
+from diwa.data.collect import collect_demos, collect_play, play_episodes  # noqa: E402
+from diwa.envs import SimulatorSpec  # noqa: E402
 from diwa.envs.tasks import DRAWER, SWITCH, TASKS, fixture_tasks, task_success  # noqa: E402
 
 
@@ -89,3 +94,22 @@ def test_errors_name_what_is_wrong():
         collect_demos("juggle", 1, seed=0, workers=1)
     with pytest.raises(RuntimeError, match="open_drawer"):
         collect_demos("open_drawer", 1, seed=0, workers=1, max_steps=3)
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "record.py"
+    script.write_text("from diwa.data.collect import collect_play\ncollect_play(700, 0, 2)\n")
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 1
+    assert '`if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+
+
+def test_recording_that_is_given_up_ends_its_processes():
+    before = set(multiprocessing.active_children())
+    episodes = play_episodes([300] * 4, 0, 2, TASKS, SimulatorSpec())
+    next(episodes)
+    assert set(multiprocessing.active_children()) - before
+    episodes.close()
+    assert set(multiprocessing.active_children()) <= before

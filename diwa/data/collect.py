@@ -12,6 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from diwa.data.store import Episode
 from diwa.envs import SimulatorSpec
 from diwa.envs.tasks import BULB, DRAWER, LED, SLIDER, TASKS, check_task, task_success
+from diwa.errors import SimulatorError
 
 if TYPE_CHECKING:
     from diwa.envs.simulator import Simulator
@@ -238,9 +241,20 @@ def _run(function: Callable, jobs: list, workers: int) -> Iterator[Episode]:
         finally:
             _close_envs()  # CALVIN tolerates no second simulator in a process
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(jobs)), initializer=_ignore_interrupt) as pool:
-        yield from pool.imap(function, jobs)  # leaving the block ends the workers, also on Ctrl-C
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _ignore_interrupt) as pool:
+        try:
+            yield from pool.map(function, jobs)
+        except BrokenProcessPool as error:
+            raise SimulatorError(
+                "a simulator process ended unexpectedly. A script that records with several "
+                'workers keeps its code under `if __name__ == "__main__":`; else look for a lack '
+                "of memory, or record with one worker, which shows the error"
+            ) from error
+        except BaseException:  # also Ctrl-C, and a caller that wants no more episodes
+            for child in set(multiprocessing.active_children()).difference(others):
+                child.terminate()
+            raise
 
 
 def play_lengths(n_transitions: int, seed: int) -> list[int]:
