@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from diwa.phases.collect import TEST_STARTS
 from diwa.phases.evaluate import evaluate_agent, load_agents, summary, task_starts
 from diwa.phases.finetune import finetune
 from diwa.phases.pretrain import pretrain
+from diwa.phases.reward import train_reward
 from diwa.run import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "bc_sweep.json"
@@ -50,11 +52,11 @@ def gaussian(source: Config) -> Config:
     return dataclasses.replace(source, policy=policy)
 
 
-def prepare(source: Path, path: Path, config: Config) -> RunFolder:
-    """A run folder that begins where the source's fine-tuning began."""
+def prepare(source: Path, path: Path, config: Config, reused: Sequence[str] = REUSED) -> RunFolder:
+    """A run folder that begins with some phases of the source, all up to its fine-tuning."""
     run = RunFolder(path, config, quiet=True)
     same = json.loads((source / "config.json").read_text())["policy"].get("kind", "diffusion")
-    for name in REUSED:
+    for name in reused:
         if name == "pretrain" and config.policy.kind != same:
             continue
         if not run.dir(name).exists():
@@ -71,6 +73,7 @@ def measure(run: RunFolder, episodes: int, new_base: bool) -> dict[str, Any]:
     if file.exists() and (row := json.loads(file.read_text()))["finetuned"]["n"] == episodes:
         return row
     pretrain(config, run)
+    train_reward(config, run)
     result = finetune(config, run)
     starts = task_starts(config.task, episodes, TEST_STARTS, config.env)
     agents = load_agents(config, run)

@@ -4,6 +4,11 @@ Needs the run folders of `skills_state.py` (first seed). The online baseline sta
 base policy, has the same PPO settings, and stops when it matches DiWA on the validation starts::
 
     python benchmarks/compare_state.py --folder runs/skills --jobs 2
+
+In CALVIN, with the runs of `calvin_state.py`::
+
+    python benchmarks/compare_state.py --folder runs/calvin --tasks open_drawer close_drawer \\
+        --out benchmarks/results/compare_calvin.json
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--limit", type=int, default=150_000, help="simulator steps per skill")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     folders = [args.folder.resolve() / f"{task}-0" for task in args.tasks]
     context = multiprocessing.get_context("spawn")
@@ -64,8 +70,13 @@ def main() -> None:
     total = sum(
         row["online_dppo_env_steps"] or row["online_dppo_steps_taken"] for row in rows.values()
     )
-    meta = {"date": datetime.date.today().isoformat(), "versions": versions("cpu")}
-    write_json(RESULT, {"meta": meta, "online_dppo_env_steps_total": total, "tasks": rows})
+    simulator = json.loads((folders[0] / "config.json").read_text())["env"]
+    meta = {
+        "date": datetime.date.today().isoformat(),
+        "versions": versions("cpu"),
+        "simulator": simulator,
+    }
+    write_json(args.out, {"meta": meta, "online_dppo_env_steps_total": total, "tasks": rows})
     print(f"online DPPO took {total:,} simulator steps where DiWA took none")
 
 

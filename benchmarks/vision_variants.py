@@ -1,0 +1,92 @@
+"""What the robot's pictures are turned into, and what judges a dream -> vision_variants.json.
+
+The paper's three variants on one skill from pixels: a world model of the pictures alone with the
+success classifier, the hybrid one with the classifier, and the hybrid one with the task's rule on
+the decoded scene. Play, demonstrations and starts are those of a finished run of `vision_small.py`,
+and so are the hybrid's world model and base policy; the pictures-only world model is trained here
+with the same settings::
+
+    python benchmarks/vision_variants.py --from-run runs/vision/move_slider_right-0
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import bc_sweep
+
+from diwa.checkpoint import write_json
+from diwa.config import Config, from_dict
+from diwa.phases.world_model import train_world_model
+from diwa.run import RunFolder
+
+RESULT = Path(__file__).parent / "results" / "vision_variants.json"
+
+
+def pictures_only(base: Path, folder: Path) -> Path:
+    """The world model of the pictures alone, on the play of the hybrid one; returns its run."""
+    config: Config = from_dict(Config, json.loads((base / "config.json").read_text()))
+    model = dataclasses.replace(config.world_model, observation="vision")
+    run = RunFolder(folder, dataclasses.replace(config, world_model=model))
+    if not run.dir("collect").exists():
+        run.dir("collect").symlink_to((base / "collect").resolve())
+    train_world_model(run.config, run)
+    return folder
+
+
+def variants(args: argparse.Namespace, source: Config) -> dict[str, RunFolder]:
+    """Run folders of the three rows, ready to be fine-tuned."""
+    hybrid = {
+        f"hybrid-{reward}": bc_sweep.prepare(
+            args.from_run,
+            args.folder / f"hybrid-{reward}",
+            bc_sweep.variant(source, reward, source.finetune.bc_coef),
+        )
+        for reward in bc_sweep.REWARDS
+    }
+    base = args.from_run.parent / "base"
+    config = dataclasses.replace(
+        bc_sweep.variant(source, "classifier", source.finetune.bc_coef),
+        from_run=str(pictures_only(base, args.folder / "vision-base").resolve()),
+        world_model=dataclasses.replace(source.world_model, observation="vision"),
+    )
+    run = bc_sweep.prepare(args.from_run, args.folder / "vision-classifier", config, ("collect",))
+    train_world_model(config, run)
+    return {"vision-classifier": run, **hybrid}
+
+
+def main() -> None:
+    """Measure the rows that are not there yet and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--from-run", type=Path, required=True, help="a run of vision_small.py")
+    parser.add_argument("--folder", type=Path, default=Path("runs/vision_variants"))
+    parser.add_argument("--episodes", type=int, default=100, help="test episodes of each policy")
+    args = parser.parse_args()
+    args.from_run, args.folder = args.from_run.resolve(), args.folder.resolve()
+    saved = json.loads((args.from_run / "config.json").read_text())
+    source = from_dict(Config, {**saved, "from_run": str(args.from_run.parent / "base")})
+    rows: dict[str, Any] = {}
+    for name, run in variants(args, source).items():
+        row = bc_sweep.measure(run, args.episodes, new_base=True)
+        rows[name] = {"observation": run.config.world_model.observation, **row}
+        print(
+            f"{name:18s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  "
+            f"real {row['base']['success']:.2f} -> {row['finetuned']['success']:.2f}",
+            flush=True,
+        )
+    versions = json.loads((run.path / "versions.json").read_text())
+    meta = {
+        **{name: versions[name] for name in ("commit", "device")},
+        "date": datetime.date.today().isoformat(),
+        **{name: getattr(source, name) for name in ("preset", "task", "seed")},
+    }
+    write_json(RESULT, {"meta": meta, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
