@@ -15,6 +15,8 @@ from diwa.agent import save_policy, save_world_model
 from diwa.cli import main
 from diwa.compare import steps_to_match
 from diwa.config import OnlineConfig, WorldModelConfig
+from diwa.data.store import NEUTRAL_ACTION
+from diwa.envs import SimulatorSpec
 from diwa.envs.online import OnlineEnv
 from diwa.envs.queue import StartQueue
 from diwa.nn.diffusion import DiffusionPolicy
@@ -59,6 +61,35 @@ def test_episodes_are_filtered_counted_and_restarted(model):
         assert not torch.equal(env.state.h[0], still[0]) and torch.equal(env.state.h[1], still[1])
     finally:
         env.close()
+
+
+def test_the_baseline_sees_the_pictures_of_its_world_model():
+    """The state after a reset is the posterior of the pictures that the simulator renders."""
+    torch.manual_seed(0)
+    sizes = dataclasses.replace(SIZES, observation="hybrid", cnn_depth=2)
+    model = WorldModel(sizes).requires_grad_(False)
+    starts = task_starts(TASK, 2, 5)
+    env = OnlineEnv(model, TASK, starts, n=1, max_episode_steps=8, seed=0)
+    uniform = torch.rand(1, 2, generator=torch.Generator().manual_seed(0))
+    try:
+        env.reset(torch.ones(1, dtype=torch.bool), torch.rand(1), uniform)
+    finally:
+        env.close()
+    first = np.random.default_rng(0).integers(2, size=10_000)[0]
+    simulator = SimulatorSpec(image_size=64).make(task=TASK)
+    try:
+        seen, _ = simulator.reset(options={k: v[first] for k, v in starts.items()})
+    finally:
+        simulator.close()
+    frames = {k: torch.from_numpy(seen[k][None]) for k in model.inputs}
+    neutral = torch.tensor(NEUTRAL_ACTION)[None]
+    zero = model.rssm.initial(1)
+    expected = model.filter(zero, model.observation(**frames), neutral, torch.ones(1), uniform)
+    torch.testing.assert_close(env.state.h, expected.h)
+    torch.testing.assert_close(env.state.z, expected.z)
+    dark = {**frames, "rgb_static": torch.zeros_like(frames["rgb_static"])}
+    blind = model.encoder(model.observation(**dark))
+    assert not torch.allclose(blind, model.encoder(model.observation(**frames)))
 
 
 def test_the_baseline_stops_at_its_limit_and_reports(model, tmp_path, capsys):

@@ -285,6 +285,22 @@ def test_a_training_resumed_with_a_frozen_encoder_goes_on_as_if_never_stopped(tm
         torch.testing.assert_close(resumed.step(step)["loss"], expected, rtol=1e-6, atol=0)
 
 
+def test_bfloat16_learns_from_pictures_as_float32_does(tmp_path):
+    store = write_store(tmp_path / "play", moving_square(6, 40, 0))
+    config = dataclasses.replace(HYBRID, steps=40, batch_size=4, seq_len=6, lr=4e-3)
+    config = dataclasses.replace(config, warmup_steps=5, frozen_encoder_steps=10)
+    exact, rounded = (
+        trainer(store, dataclasses.replace(config, precision=p)) for p in ("float32", "bfloat16")
+    )
+    losses = np.array(
+        [[t.step(i)["loss"].item() for t in (exact, rounded)] for i in range(config.steps)]
+    )
+    assert losses[0, 1] == pytest.approx(losses[0, 0], rel=0.02) and losses[0, 0] != losses[0, 1]
+    assert losses[-5:].mean(0)[1] == pytest.approx(losses[-5:].mean(0)[0], rel=0.2)
+    assert losses[-5:].mean() < 0.5 * losses[0].mean()
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
 def test_play_without_the_right_pictures_is_refused(tmp_path):
     plain = [dataclasses.replace(e, frames={}) for e in moving_square(1, 5, 0)]
     store = write_store(tmp_path / "plain", plain)
