@@ -31,6 +31,7 @@ from diwa.phases.reward import train_reward
 from diwa.run import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "bc_sweep.json"
+PLOT = Path(__file__).parent / "plots" / "bc_sweep.png"
 COEFFICIENTS = (0.0, 0.5, 0.05, 0.1, 0.025, 0.01)
 """The paper's, the telling ones first."""
 REWARDS = ("decoder", "classifier")
@@ -116,6 +117,33 @@ def finished_rows(folder: Path) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: [item[1][k] for k in key]))
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Success over the coefficient, dreamed and in the simulator, a panel per reward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(REWARDS), figsize=(9, 3.4), sharey=True)
+    rows = [row for row in result["rows"].values() if row["policy"] == "diffusion"]
+    for axes, reward in zip(panels, REWARDS, strict=True):
+        ours = sorted((r for r in rows if r["reward"] == reward), key=lambda r: r["bc_coef"])
+        places = range(len(ours))
+        real = [r["finetuned"]["success"] for r in ours]
+        ends = [r["finetuned"]["ci"] for r in ours]
+        around = [[abs(s - ci[i]) for s, ci in zip(real, ends, strict=True)] for i in (0, 1)]
+        axes.errorbar(places, real, around, fmt="o-", capsize=3, label="simulator (95 %)")
+        axes.plot(places, [r["imagined_final"] for r in ours], "s--", label="dreamed")
+        axes.axhline(result["base"]["success"], color="grey", linewidth=0.8, label="base policy")
+        axes.set_xticks(places, [f"{r['bc_coef']:g}" for r in ours])
+        axes.set(title=f"reward: {reward}", xlabel="BC coefficient", ylim=(0, 1.05))
+    panels[0].set_ylabel(f"success, {result['meta']['task']}")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -155,22 +183,22 @@ def main() -> None:
             flush=True,
         )
         versions = json.loads((run.path / "versions.json").read_text())
-        write_json(
-            args.out,
-            {
-                "meta": {
-                    "commit": versions["commit"],
-                    "date": datetime.date.today().isoformat(),
-                    "device": versions["device"],
-                    "preset": source.preset,
-                    "task": source.task,
-                    "seed": source.seed,
-                    "iterations": source.finetune.iterations,
-                },
-                "base": base,
-                "rows": finished_rows(args.folder),
+        found = {
+            "meta": {
+                "commit": versions["commit"],
+                "date": datetime.date.today().isoformat(),
+                "device": versions["device"],
+                "preset": source.preset,
+                "task": source.task,
+                "seed": source.seed,
+                "iterations": source.finetune.iterations,
             },
-        )
+            "base": base,
+            "rows": finished_rows(args.folder),
+        }
+        write_json(args.out, found)
+    if args.out == RESULT:
+        draw(found, PLOT)
 
 
 if __name__ == "__main__":
