@@ -272,6 +272,12 @@ def check(config: Config, source: str = "settings") -> None:
     visit(config, "")
     if config.world_model.observation == "vision" and config.reward.kind == "decoder":
         raise DiwaError(f"{source}: {NO_DECODER}")
+    model = config.world_model
+    if model.frozen_encoder_steps >= max(model.steps, 1) and not model.init_from:
+        raise DiwaError(
+            f"{source}: world_model.frozen_encoder_steps is {model.frozen_encoder_steps}; it must "
+            f"be less than world_model.steps ({model.steps}), or the encoder never learns"
+        )
     if not 1 <= config.finetune.ft_denoising_steps <= config.policy.denoising_steps:
         raise DiwaError(
             f"{source}: finetune.ft_denoising_steps is {config.finetune.ft_denoising_steps}; "

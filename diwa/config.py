@@ -279,7 +279,7 @@ class Config:
     """One run of the four phases and the evaluation."""
 
     preset: str = "small"
-    """Preset the other values started from: tiny, small, medium or paper."""
+    """Preset the other values started from: tiny, small, pixels, medium or paper."""
     task: TaskName = "turn_on_led"
     """Skill to improve."""
     env: Literal["playtable", "calvin"] = "playtable"
