@@ -4,7 +4,7 @@ The paper's three variants on one skill from pixels: a world model of the pictur
 success classifier, the hybrid one with the classifier, and the hybrid one with the task's rule on
 the decoded scene. Play, demonstrations and starts are those of a finished run of `vision_small.py`,
 and so are the hybrid's world model and base policy; the pictures-only world model is trained here
-with the same settings::
+with the same settings but for the weight of the pictures, which nothing else competes with::
 
     python benchmarks/vision_variants.py --from-run runs/vision/move_slider_right-0
 """
@@ -21,7 +21,7 @@ from typing import Any
 import bc_sweep
 
 from diwa.checkpoint import write_json
-from diwa.config import Config, from_dict
+from diwa.config import Config, WorldModelConfig, from_dict
 from diwa.phases.world_model import train_world_model
 from diwa.run import RunFolder
 
@@ -31,7 +31,9 @@ RESULT = Path(__file__).parent / "results" / "vision_variants.json"
 def pictures_only(base: Path, folder: Path) -> Path:
     """The world model of the pictures alone, on the play of the hybrid one; returns its run."""
     config: Config = from_dict(Config, json.loads((base / "config.json").read_text()))
-    model = dataclasses.replace(config.world_model, observation="vision")
+    model = dataclasses.replace(
+        config.world_model, observation="vision", image_weight=WorldModelConfig.image_weight
+    )
     run = RunFolder(folder, dataclasses.replace(config, world_model=model))
     if not run.dir("collect").exists():
         run.dir("collect").symlink_to((base / "collect").resolve())

@@ -82,7 +82,7 @@ def test_module_is_the_command():
         (["run", "--seed", "-1"], "seed is -1; it must not be negative"),
         (
             ["run", "--preset", "pixels", "--world-model.steps", "100"],
-            "frozen_encoder_steps is 8000; it must be less than world_model.steps (100)",
+            "frozen_encoder_steps is 8000; it must be less than world_model.steps \\(100\\)",
         ),
         (["run", "--seed", "x"], "--seed"),
         (["run", "--config", "nowhere.json"], "nowhere.json does not exist"),
