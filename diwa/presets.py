@@ -101,7 +101,9 @@ _PAPER = Config(
     ),
     policy=PolicyConfig(width=512),
     pretrain=PretrainConfig(steps=50_000, lr=1e-4),
-    reward=RewardConfig(kind="classifier", width=1024, windows=1000, steps=20_000),
+    reward=RewardConfig(
+        kind="classifier", width=1024, windows=1000, steps=20_000, false_positives=1.0
+    ),
     finetune=FinetuneConfig(
         iterations=768,
         n_dreams=50,

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diwa.agent import load_world_model, save_classifier, source_folder, world_model_folder
-from diwa.config import Config, to_dict
-from diwa.data.sampler import previous_actions, split_episodes
-from diwa.data.store import Episode, EpisodeStore
+from diwa.config import Config, RewardConfig, to_dict
+from diwa.data.sampler import split_episodes
+from diwa.data.store import EpisodeStore
+from diwa.data.windows import Windows, draw_windows, halves
 from diwa.envs.dream import ClassifierSuccess, DecoderSuccess, SuccessFunction
-from diwa.envs.tasks import RULES, task_success
+from diwa.envs.tasks import RULES
 from diwa.errors import StoreError
-from diwa.nn.encoders import to_tensor
 from diwa.nn.heads import RewardClassifier
 from diwa.nn.rssm import RSSMState
 from diwa.nn.world_model import WorldModel
@@ -25,83 +24,6 @@ from diwa.phases.collect import load_starts
 from diwa.run import RunFolder
 
 LOG_EVERY = 50
-
-
-class Windows(NamedTuple):
-    """Equally long cuts from episodes, time first.
-
-    Attributes:
-        robot, scene, action: `[T, n, ...]`; action led to the frame.
-        label: `[T, n]` bool, the task is solved relative to the first frame.
-        frames: camera -> uint8 `[T, n, h, w, 3]`, of the cameras that were asked for.
-    """
-
-    robot: Tensor
-    scene: Tensor
-    action: Tensor
-    label: Tensor
-    frames: dict[str, Tensor]
-
-
-def candidate_windows(
-    episodes: list[Episode], task: str, start_value: tuple[float, float], length: int
-) -> list[tuple[int, int, bool]]:
-    """Places (episode, frame, solved within the window) where the task could begin.
-
-    A frame qualifies if its fixture stands in the range `start_value` of the task's own starts.
-    """
-    index = RULES[task].index
-    places = []
-    for i, episode in enumerate(episodes):
-        value = episode.scene_obs[:, index]
-        fits = (value >= start_value[0] - 1e-3) & (value <= start_value[1] + 1e-3)
-        for t in range(0, len(episode) + 2 - length, 4):
-            if fits[t]:
-                scenes = episode.scene_obs[t : t + length]
-                places.append((i, t, bool(task_success(task, scenes[0], scenes).any())))
-    return places
-
-
-def draw_windows(
-    episodes: list[Episode],
-    task: str,
-    start_value: tuple[float, float],
-    length: int,
-    count: int,
-    rng: np.random.Generator,
-    *,
-    need_both: bool = True,
-    cameras: Sequence[str] = (),
-) -> Windows:
-    """Up to `count` windows, half of them solved; the rest are misses and other behaviour.
-
-    Raises:
-        StoreError: the play never solves, or never fails, the task (with `need_both` off: it has
-            no window at all).
-    """
-    places = candidate_windows(episodes, task, start_value, length)
-    chosen: list[tuple[int, int]] = []
-    for solved in (True, False):
-        group = [(i, t) for i, t, s in places if s == solved]
-        if not group and (need_both or not places):
-            raise StoreError(
-                f"the play holds no {'solved' if solved else 'failed'} window of {task}; "
-                "collect more play (--collect.play-transitions)"
-            )
-        take = rng.permutation(len(group))[: count // 2]
-        chosen += [group[k] for k in take]
-    cut = [(episodes[i], slice(t, t + length)) for i, t in chosen]
-    label = np.stack([task_success(task, e.scene_obs[s][0], e.scene_obs[s]) for e, s in cut], 1)
-    return Windows(
-        torch.stack([to_tensor(e.robot_obs[s]) for e, s in cut], 1),
-        torch.stack([to_tensor(e.scene_obs[s]) for e, s in cut], 1),
-        torch.stack([to_tensor(previous_actions(e.action)[s]) for e, s in cut], 1),
-        torch.from_numpy(label),
-        {
-            name: torch.from_numpy(np.stack([e.frames[name][s] for e, s in cut], 1))
-            for name in cameras
-        },
-    )
 
 
 def window_features(
@@ -147,6 +69,26 @@ def precision_recall(predicted: Tensor, label: Tensor) -> dict[str, float]:
         "solved_windows": solved,
         "failed_windows": failures,
     }
+
+
+@torch.no_grad()
+def calibrated_threshold(
+    classifier: RewardClassifier, config: RewardConfig, dreamed: Tensor, label: Tensor
+) -> float:
+    """The threshold, raised until few failed dreams count as success.
+
+    Args:
+        classifier: judges latents.
+        config: its `threshold` is the lowest, `false_positives` the share that is let through.
+        dreamed: features `[T, n, F]` of windows that the classifier was not trained on.
+        label: `[T, n]` bool, solved.
+
+    Returns:
+        A probability in [threshold, 1].
+    """
+    peaks = classifier.success_probability(dreamed[:, ~label.any(0)]).amax(0).sort().values
+    kept_out = len(peaks) - int(config.false_positives * len(peaks))
+    return max(config.threshold, peaks[kept_out - 1].item()) if kept_out else config.threshold
 
 
 def success_function(config: Config, run: RunFolder, model: WorldModel) -> SuccessFunction:
@@ -222,12 +164,10 @@ def train_reward(config: Config, run: RunFolder) -> dict:
             torch.manual_seed(config.seed)
             classifier = RewardClassifier(model.feature_dim, c.width).to(device)
         _train(config, classifier, features, labels, phase)
-        meta = {"config": to_dict(c), "task": config.task, "feature_dim": model.feature_dim}
-        save_classifier(phase.dir, classifier, meta)
         classifier.requires_grad_(False)
-        report = {}
+        threshold, report = c.threshold, {}
         with contextlib.suppress(StoreError):  # little play may leave nothing to report on
-            test = draw_windows(
+            held_out = draw_windows(
                 [episodes[i] for i in held],
                 config.task,
                 bounds,
@@ -237,8 +177,15 @@ def train_reward(config: Config, run: RunFolder) -> dict:
                 need_both=False,
                 cameras=model.cameras,
             )
-            report = reward_report(config, model, ClassifierSuccess(classifier, c.threshold), test)
-        return phase.finish({"windows": windows.label.shape[1], **report})
+            tuning, test = halves(held_out)
+            dreamed = window_features(model, tuning, generator)[1]
+            threshold = calibrated_threshold(classifier, c, dreamed, tuning.label.to(device))
+            report = reward_report(config, model, ClassifierSuccess(classifier, threshold), test)
+        used = dataclasses.replace(c, threshold=threshold)
+        meta = {"config": to_dict(used), "task": config.task, "feature_dim": model.feature_dim}
+        save_classifier(phase.dir, classifier, meta)
+        result = {"windows": windows.label.shape[1], "threshold": threshold}
+        return phase.finish({**result, **report})
 
 
 @torch.no_grad()
