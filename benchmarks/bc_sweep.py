@@ -34,15 +34,20 @@ RESULT = Path(__file__).parent / "results" / "bc_sweep.json"
 PLOT = Path(__file__).parent / "plots" / "bc_sweep.png"
 COEFFICIENTS = (0.0, 0.5, 0.05, 0.1, 0.025, 0.01)
 """The paper's, the telling ones first."""
-REWARDS = ("decoder", "classifier")
+REWARDS: dict[str, dict[str, Any]] = {
+    "decoder": {"kind": "decoder"},
+    "classifier": {"kind": "classifier", "false_positives": 1.0},
+    "calibrated": {"kind": "classifier", "windows": 1500, "steps": 3000},
+}
+"""The task's rule, the classifier as in the paper, and one of more data and a careful threshold."""
 REUSED = ("collect", "world_model", "pretrain", "reward")
 
 
-def variant(source: Config, reward: Any, coefficient: float) -> Config:
+def variant(source: Config, reward: str, coefficient: float) -> Config:
     """The run's settings with another reward and weight of the cloning term (section 7.5)."""
     return dataclasses.replace(
         source,
-        reward=dataclasses.replace(source.reward, kind=reward),
+        reward=dataclasses.replace(source.reward, **REWARDS[reward]),
         finetune=dataclasses.replace(source.finetune, bc_coef=coefficient),
     )
 
@@ -68,7 +73,7 @@ def prepare(source: Path, path: Path, config: Config, reused: Sequence[str] = RE
     return run
 
 
-def measure(run: RunFolder, episodes: int, new_base: bool) -> dict[str, Any]:
+def measure(run: RunFolder, reward: str, episodes: int, new_base: bool) -> dict[str, Any]:
     """Fine-tune and evaluate on the test starts; the base policy, too, where it is another."""
     file, config = run.path / "row.json", run.config
     if file.exists() and (row := json.loads(file.read_text()))["finetuned"]["n"] == episodes:
@@ -86,7 +91,7 @@ def measure(run: RunFolder, episodes: int, new_base: bool) -> dict[str, Any]:
     rows = run.metrics("finetune")
     row = {
         "bc_coef": config.finetune.bc_coef,
-        "reward": config.reward.kind,
+        "reward": reward,
         "policy": config.policy.kind,
         **real,
         "imagined_start": result["imagined_start"],
@@ -124,7 +129,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(REWARDS), figsize=(9, 3.4), sharey=True)
+    figure, panels = plt.subplots(1, len(REWARDS), figsize=(10, 3.4), sharey=True)
     rows = [row for row in result["rows"].values() if row["policy"] == "diffusion"]
     for axes, reward in zip(panels, REWARDS, strict=True):
         ours = sorted((r for r in rows if r["reward"] == reward), key=lambda r: r["bc_coef"])
@@ -150,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--from-run", type=Path, required=True, help="a finished run of one skill")
     parser.add_argument("--folder", type=Path, default=Path("runs/bc_sweep"))
     parser.add_argument("--coefficients", nargs="*", type=float, default=COEFFICIENTS)
-    parser.add_argument("--rewards", nargs="*", choices=REWARDS, default=REWARDS)
+    parser.add_argument("--rewards", nargs="*", choices=REWARDS, default=tuple(REWARDS))
     parser.add_argument("--gaussian", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--episodes", type=int, default=100, help="test episodes of each row")
     parser.add_argument("--iterations", type=int, help="PPO iterations, where not the run's own")
@@ -167,16 +172,17 @@ def main() -> None:
         ppo = dataclasses.replace(ppo, iterations=args.iterations)
     source = dataclasses.replace(source, finetune=ppo)
     plan = [
-        (f"{reward}-{c:g}", variant(source, reward, c))
+        (f"{reward}-{c:g}", reward, variant(source, reward, c))
         for c in args.coefficients
         for reward in args.rewards
     ]
     if args.gaussian:
-        plan.append(("gaussian", gaussian(source)))
+        plan.append(("gaussian", source.reward.kind, gaussian(source)))
     base = base_success(prepare(args.from_run, args.folder / "base", source), args.episodes)
-    for name, config in plan:
-        run = prepare(args.from_run, args.folder / name, config)
-        row = measure(run, args.episodes, config.policy != source.policy)
+    for name, reward, config in plan:
+        reused = REUSED[:-1] if reward == "calibrated" else REUSED
+        run = prepare(args.from_run, args.folder / name, config, reused)
+        row = measure(run, reward, args.episodes, config.policy != source.policy)
         print(
             f"{name:16s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
             f"{row.get('base', base)['success']:.2f} -> {row['finetuned']['success']:.2f}",

@@ -26,11 +26,17 @@ from diwa.phases.world_model import train_world_model
 from diwa.run import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "vision_variants.json"
+ROWS = (("vision", "calibrated"), ("hybrid", "calibrated"), ("hybrid", "decoder"))
+"""Observation and reward."""
 
 
 def pictures_only(base: Path, folder: Path) -> Path:
-    """The world model of the pictures alone, on the play of the hybrid one; returns its run."""
-    config: Config = from_dict(Config, json.loads((base / "config.json").read_text()))
+    """The world model of the pictures alone, on the play of the hybrid one, with the settings that
+    this was first trained with; returns its run."""
+    saved = json.loads((base / "config.json").read_text())
+    if saved["world_model"]["init_from"]:
+        return pictures_only(Path(saved["world_model"]["init_from"]), folder)
+    config: Config = from_dict(Config, saved)
     model = dataclasses.replace(
         config.world_model, observation="vision", image_weight=WorldModelConfig.image_weight
     )
@@ -41,25 +47,23 @@ def pictures_only(base: Path, folder: Path) -> Path:
     return folder
 
 
-def variants(args: argparse.Namespace, source: Config) -> dict[str, RunFolder]:
-    """Run folders of the three rows, ready to be fine-tuned."""
-    hybrid = {
-        f"hybrid-{reward}": bc_sweep.prepare(
-            args.from_run,
-            args.folder / f"hybrid-{reward}",
-            bc_sweep.variant(source, reward, source.finetune.bc_coef),
-        )
-        for reward in bc_sweep.REWARDS
-    }
+def variants(args: argparse.Namespace, source: Config) -> list[tuple[str, str, RunFolder]]:
+    """Name, reward and run folder of the rows, ready to be fine-tuned."""
+    rows = []
     base = args.from_run.parent / "base"
-    config = dataclasses.replace(
-        bc_sweep.variant(source, "classifier", source.finetune.bc_coef),
-        from_run=str(pictures_only(base, args.folder / "vision-base").resolve()),
-        world_model=dataclasses.replace(source.world_model, observation="vision"),
-    )
-    run = bc_sweep.prepare(args.from_run, args.folder / "vision-classifier", config, ("collect",))
-    train_world_model(config, run)
-    return {"vision-classifier": run, **hybrid}
+    lent = {"hybrid": base, "vision": pictures_only(base, args.folder / "vision-base")}
+    for observation, reward in ROWS:
+        config = dataclasses.replace(
+            bc_sweep.variant(source, reward, source.finetune.bc_coef),
+            from_run=str(lent[observation].resolve()),
+            world_model=dataclasses.replace(source.world_model, observation=observation),
+        )
+        reused = ["collect", *(["world_model", "pretrain"] if observation == "hybrid" else [])]
+        name = f"{observation}-{reward}"
+        run = bc_sweep.prepare(args.from_run, args.folder / name, config, reused)
+        train_world_model(config, run)
+        rows.append((name, reward, run))
+    return rows
 
 
 def main() -> None:
@@ -73,8 +77,8 @@ def main() -> None:
     saved = json.loads((args.from_run / "config.json").read_text())
     source = from_dict(Config, {**saved, "from_run": str(args.from_run.parent / "base")})
     rows: dict[str, Any] = {}
-    for name, run in variants(args, source).items():
-        row = bc_sweep.measure(run, args.episodes, new_base=True)
+    for name, reward, run in variants(args, source):
+        row = bc_sweep.measure(run, reward, args.episodes, new_base=True)
         rows[name] = {"observation": run.config.world_model.observation, **row}
         print(
             f"{name:18s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  "
