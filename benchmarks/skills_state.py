@@ -67,6 +67,7 @@ def training_of(base: Path) -> list[dict[str, Any]]:
     result = json.loads((base / "world_model" / "result.json").read_text())
     keys = ("steps", "batch_size", "seq_len", "lr", "state_weight", "detail_weight")
     own = {k: config[k] for k in keys}
+    own["frozen_encoder_steps"] = config.get("frozen_encoder_steps", 0)
     own.update(seconds=result["seconds"], device=result["device"])
     source = config.get("init_from")
     return [*(training_of(Path(source)) if source else []), own]

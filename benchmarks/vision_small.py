@@ -4,7 +4,17 @@ The hybrid world model sees two cameras of 64 x 64 pixels and the robot's own st
 on a CPU: play with one fixture (both directions of the slider), the world model, then both skills
 in processes of their own. Finished phases are skipped::
 
-    python benchmarks/vision_small.py --folder runs/vision
+    python -m benchmarks.vision_small --folder runs/vision
+
+The committed result trained the world model in two goes, the second with the encoder at rest::
+
+    diwa collect --preset pixels --task move_slider_left --run-dir runs/vision/first
+    diwa world-model --run-dir runs/vision/first
+    diwa world-model --preset pixels --task move_slider_left --run-dir runs/vision/base \\
+        --world-model.init-from runs/vision/first --world-model.steps 8000 \\
+        --world-model.frozen-encoder-steps 8000 --world-model.lr 7e-4
+
+where `runs/vision/base/collect` is a link to that of `first`.
 """
 
 from __future__ import annotations
