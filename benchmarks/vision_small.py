@@ -26,13 +26,19 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import skills_state
 from diwa.checkpoint import write_json
 from diwa.config import Config
+from diwa.nn.vision import CAMERAS
 from diwa.phases.evaluate import evaluate_run
 from diwa.presets import PRESETS
 
 RESULT = Path(__file__).parent / "results" / "vision_small.json"
+PLOT = Path(__file__).parent / "plots" / "dream_pictures.png"
+STEPS = (0, 2, 5, 10, 20, 30, 40, 60, 79)
+"""Of the first held-out window, in the plot."""
 SETTINGS = dataclasses.replace(PRESETS["pixels"], task="move_slider_left")
 DEMOS = {"move_slider_left": 2, "move_slider_right": 1}
 """Demonstrations with which imitation alone succeeds in about half of the validation episodes."""
@@ -107,6 +113,19 @@ def summarise(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def draw(films: Path, path: Path) -> None:
+    """Real pictures above dreamed ones, of both cameras."""
+    import matplotlib.pyplot as plt
+
+    with np.load(films) as seen:
+        rows = [
+            np.concatenate([seen[f"{kind}_{camera}"][0, step] for step in STEPS], 1)
+            for camera in CAMERAS
+            for kind in ("real", "dream")
+        ]
+    plt.imsave(path, np.concatenate(rows).repeat(2, 0).repeat(2, 1))
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,6 +148,7 @@ def main() -> None:
     skills_state.for_all(args, one_skill, args.jobs)
     result = summarise(args)
     write_json(RESULT, result)
+    draw(skills_state.base_run(args).dir("world_model") / "dream_pictures.npz", PLOT)
     for task, t in result["tasks"].items():
         print(f"{task:20s} {t['base']['success']:.2f} -> {t['finetuned']['success']:.2f}")
     for camera, scores in result["open_loop_pictures"]["cameras"].items():
