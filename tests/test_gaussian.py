@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_phases import CONFIG, LIMIT, STEPS, prepare
+from slider_runs import CONFIG, LIMIT
+from test_phases import STEPS, prepare
 
 from diwa.agent import Agent, load_policy, make_policy, save_policy
 from diwa.checkpoint import read_meta
