@@ -187,8 +187,8 @@ class RewardConfig:
     threshold: float = 0.5
     """Probability above which a latent counts as success (0.5 = the paper's argmax)."""
     false_positives: float = 0.02
-    """The classifier's threshold is raised until no larger share of failed dreams, on held-out
-    play, counts as success anywhere (1 = the threshold stays, as in the paper)."""
+    """The classifier's threshold is raised until no larger share of failed windows of held-out
+    play counts as success anywhere (1 = the threshold stays, as in the paper)."""
 
 
 @dataclass(frozen=True)

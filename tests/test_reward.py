@@ -72,22 +72,22 @@ class Known:
     "share, expected",
     [(0.0, 0.9), (0.2, 0.9), (0.25, 0.8), (0.5, 0.7), (0.75, 0.5), (1.0, 0.5)],
 )
-def test_the_threshold_lets_through_the_share_of_failed_dreams_that_is_allowed(share, expected):
+def test_the_threshold_lets_through_the_share_of_failed_windows_that_is_allowed(share, expected):
     peaks = [0.99, 0.8, 0.3, 0.9, 0.7]  # the first window is solved, and of no account
     label = torch.zeros(4, 5, dtype=torch.bool)
     label[2:, 0] = True
-    dreamed = torch.full((4, 5, 3), 0.1)
-    dreamed[1, :, 0] = torch.tensor(peaks)
+    latents = torch.full((4, 5, 3), 0.1)
+    latents[1, :, 0] = torch.tensor(peaks)
     config = RewardConfig(threshold=0.5, false_positives=share)
-    threshold = reward.calibrated_threshold(Known(), config, dreamed, label)
+    threshold = reward.calibrated_threshold(Known(), config, latents, label)
     assert threshold == pytest.approx(expected)
-    judged = ClassifierSuccess(Known(), threshold)(dreamed, None)[:, 1:].any(0)
+    judged = ClassifierSuccess(Known(), threshold)(latents, None)[:, 1:].any(0)
     assert judged.float().mean() <= share
 
 
 def test_without_failed_windows_the_threshold_stays():
-    dreamed, label = torch.rand(4, 2, 3), torch.ones(4, 2, dtype=torch.bool)
-    assert reward.calibrated_threshold(Known(), RewardConfig(), dreamed, label) == 0.5
+    latents, label = torch.rand(4, 2, 3), torch.ones(4, 2, dtype=torch.bool)
+    assert reward.calibrated_threshold(Known(), RewardConfig(), latents, label) == 0.5
 
 
 def test_halves_share_no_window_but_a_single_one():

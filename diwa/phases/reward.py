@@ -73,20 +73,22 @@ def precision_recall(predicted: Tensor, label: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def calibrated_threshold(
-    classifier: RewardClassifier, config: RewardConfig, dreamed: Tensor, label: Tensor
+    classifier: RewardClassifier, config: RewardConfig, real: Tensor, label: Tensor
 ) -> float:
-    """The threshold, raised until few failed dreams count as success.
+    """The threshold, raised until few failed windows count as success.
+
+    Posterior latents, because a dream of a failed window may well end in success.
 
     Args:
         classifier: judges latents.
         config: its `threshold` is the lowest, `false_positives` the share that is let through.
-        dreamed: features `[T, n, F]` of windows that the classifier was not trained on.
+        real: posterior features `[T, n, F]` of windows that the classifier was not trained on.
         label: `[T, n]` bool, solved.
 
     Returns:
         A probability in [threshold, 1].
     """
-    peaks = classifier.success_probability(dreamed[:, ~label.any(0)]).amax(0).sort().values
+    peaks = classifier.success_probability(real[:, ~label.any(0)]).amax(0).sort().values
     kept_out = len(peaks) - int(config.false_positives * len(peaks))
     return max(config.threshold, peaks[kept_out - 1].item()) if kept_out else config.threshold
 
@@ -178,8 +180,8 @@ def train_reward(config: Config, run: RunFolder) -> dict:
                 cameras=model.cameras,
             )
             tuning, test = halves(held_out)
-            dreamed = window_features(model, tuning, generator)[1]
-            threshold = calibrated_threshold(classifier, c, dreamed, tuning.label.to(device))
+            known = window_features(model, tuning, generator)[0]
+            threshold = calibrated_threshold(classifier, c, known, tuning.label.to(device))
             report = reward_report(config, model, ClassifierSuccess(classifier, threshold), test)
         used = dataclasses.replace(c, threshold=threshold)
         meta = {"config": to_dict(used), "task": config.task, "feature_dim": model.feature_dim}
