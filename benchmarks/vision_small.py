@@ -123,7 +123,7 @@ def draw(films: Path, path: Path) -> None:
             for camera in CAMERAS
             for kind in ("real", "dream")
         ]
-    plt.imsave(path, np.concatenate(rows).repeat(2, 0).repeat(2, 1))
+    plt.imsave(path, np.concatenate(rows))
 
 
 def parse() -> argparse.Namespace:

@@ -102,3 +102,23 @@ def test_calvin_numbers_are_those_of_the_result():
     assert f"{100 * before:.0f} % to {100 * after:.0f} % on average" in README
     assert len(tasks) == 6 and {t["base"]["n"] for t in tasks} == {100}
     assert sum(t["finetune_env_steps"] for t in tasks) == 0
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_pixel_numbers_are_those_of_the_results():
+    text = " ".join(README.split())
+    for task, found in result("vision_small")["tasks"].items():
+        before, after = (round(100 * found[k]["success"]) for k in ("base", "finetuned"))
+        assert f"{task} went from {before} to {after} %" in text
+        assert found["finetune_env_steps"] == 0
+    row = result("vision_variants")["rows"]["vision-calibrated"]
+    before, after = (round(100 * row[k]["success"]) for k in ("base", "finetuned"))
+    assert f"move_slider_left went from {before} to {after} % ([vision_variants" in text
+
+
+def test_steps_of_the_online_baseline_are_those_of_the_results():
+    for name in ("compare_state", "compare_calvin"):
+        assert f"{result(name)['online_dppo_env_steps_total']:,}" in README
