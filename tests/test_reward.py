@@ -70,7 +70,7 @@ class Known:
 
 @pytest.mark.parametrize(
     "share, expected",
-    [(0.0, 0.9), (0.2, 0.9), (0.25, 0.8), (0.5, 0.7), (0.75, 0.5), (1.0, 0.5)],
+    [(0.0, 0.9), (0.2, 0.9), (0.25, 0.8), (0.5, 0.7), (0.75, 0.5), (1.0, 0.5), (1.5, 0.5)],
 )
 def test_the_threshold_lets_through_the_share_of_failed_windows_that_is_allowed(share, expected):
     peaks = [0.99, 0.8, 0.3, 0.9, 0.7]  # the first window is solved, and of no account

@@ -90,7 +90,7 @@ def calibrated_threshold(
     """
     peaks = classifier.success_probability(real[:, ~label.any(0)]).amax(0).sort().values
     kept_out = len(peaks) - int(config.false_positives * len(peaks))
-    return max(config.threshold, peaks[kept_out - 1].item()) if kept_out else config.threshold
+    return max(config.threshold, peaks[kept_out - 1].item()) if kept_out > 0 else config.threshold
 
 
 def success_function(config: Config, run: RunFolder, model: WorldModel) -> SuccessFunction:

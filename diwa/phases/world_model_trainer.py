@@ -59,6 +59,9 @@ class Trainer:
     uniforms, and the gradients are averaged: the step of one process, up to the order of sums. The
     average is taken between two graphs, which therefore hold no communication.
 
+    In the last `frozen_encoder_steps` the CNN rests: every process embeds all frames once and keeps
+    the embeddings in the CPU's memory, `E` floats a frame.
+
     Raises:
         RunError: the number of processes does not divide the batch size.
     """
