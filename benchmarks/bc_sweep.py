@@ -17,12 +17,12 @@ import dataclasses
 import datetime
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diwa.checkpoint import write_json
 from diwa.config import Config, from_dict
+from diwa.info import device_name
 from diwa.phases.collect import TEST_STARTS
 from diwa.phases.evaluate import evaluate_agent, load_agents, summary, task_starts
 from diwa.phases.finetune import finetune
@@ -58,19 +58,32 @@ def gaussian(source: Config) -> Config:
     return dataclasses.replace(source, policy=policy)
 
 
-def prepare(source: Path, path: Path, config: Config, reused: Sequence[str] = REUSED) -> RunFolder:
-    """A run folder that begins with some phases of the source, all up to its fine-tuning."""
+def fits(phase: str, source: Config, config: Config) -> bool:
+    """Whether what a phase of the source made is what `config` would make."""
+    same = source.world_model.observation == config.world_model.observation
+    if phase == "pretrain":
+        return same and source.policy.kind == config.policy.kind
+    if phase == "reward":  # the classifier is trained, its threshold chosen, for either kind
+        return same and dataclasses.replace(source.reward, kind=config.reward.kind) == config.reward
+    return same or phase == "collect"
+
+
+def prepare(source: Path, path: Path, config: Config) -> RunFolder:
+    """A run folder that begins with the phases of the source, up to its fine-tuning, that fit."""
     run = RunFolder(path, config, quiet=True)
-    same = json.loads((source / "config.json").read_text())["policy"].get("kind", "diffusion")
-    for name in reused:
-        if name == "pretrain" and config.policy.kind != same:
-            continue
-        if not run.dir(name).exists():
+    made_by = read_config(source)
+    for name in REUSED:
+        if fits(name, made_by, config) and not run.dir(name).exists():
             partial = run.path / f".{name}.copying"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source / name, partial)
             partial.rename(run.dir(name))
     return run
+
+
+def read_config(run: Path) -> Config:
+    """The settings of a run folder."""
+    return from_dict(Config, json.loads((run / "config.json").read_text()))
 
 
 def measure(run: RunFolder, reward: str, episodes: int, new_base: bool) -> dict[str, Any]:
@@ -115,9 +128,36 @@ def base_success(run: RunFolder, episodes: int) -> dict[str, Any]:
     return found
 
 
+def commit(run: Path) -> str:
+    """That of the code which made a run folder."""
+    return json.loads((run / "versions.json").read_text())["commit"]
+
+
+def show(name: str, row: dict[str, Any], base: dict[str, Any]) -> None:
+    """Print a row."""
+    print(
+        f"{name:18s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  "
+        f"real {base['success']:.2f} -> {row['finetuned']['success']:.2f}",
+        flush=True,
+    )
+
+
+def describe(source: Config) -> dict[str, Any]:
+    """What a result was measured on; every row names its own commit."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name("cpu"),
+        **{name: getattr(source, name) for name in ("preset", "task", "seed")},
+        "iterations": source.finetune.iterations,
+    }
+
+
 def finished_rows(folder: Path) -> dict[str, Any]:
     """All rows measured so far, by reward and coefficient."""
-    found = {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/row.json")}
+    found = {
+        f.parent.name: {**json.loads(f.read_text()), "commit": commit(f.parent)}
+        for f in folder.glob("*/row.json")
+    }
     key = ("policy", "reward", "bc_coef")
     return dict(sorted(found.items(), key=lambda item: [item[1][k] for k in key]))
 
@@ -166,7 +206,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure row after row; the result is written after each."""
     args = parse()
-    source = from_dict(Config, json.loads((args.from_run / "config.json").read_text()))
+    source = read_config(args.from_run)
     ppo = dataclasses.replace(source.finetune, eval_every=0)  # only the last policy is asked for
     if args.iterations:
         ppo = dataclasses.replace(ppo, iterations=args.iterations)
@@ -180,30 +220,12 @@ def main() -> None:
         plan.append(("gaussian", source.reward.kind, gaussian(source)))
     base = base_success(prepare(args.from_run, args.folder / "base", source), args.episodes)
     for name, reward, config in plan:
-        reused = REUSED[:-1] if reward == "calibrated" else REUSED
-        run = prepare(args.from_run, args.folder / name, config, reused)
+        run = prepare(args.from_run, args.folder / name, config)
         row = measure(run, reward, args.episodes, config.policy != source.policy)
-        print(
-            f"{name:16s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  real "
-            f"{row.get('base', base)['success']:.2f} -> {row['finetuned']['success']:.2f}",
-            flush=True,
-        )
-        versions = json.loads((run.path / "versions.json").read_text())
-        found = {
-            "meta": {
-                "commit": versions["commit"],
-                "date": datetime.date.today().isoformat(),
-                "device": versions["device"],
-                "preset": source.preset,
-                "task": source.task,
-                "seed": source.seed,
-                "iterations": source.finetune.iterations,
-            },
-            "base": base,
-            "rows": finished_rows(args.folder),
-        }
+        show(name, row, row.get("base", base))
+        found = {"meta": describe(source), "base": base, "rows": finished_rows(args.folder)}
         write_json(args.out, found)
-    if args.out == RESULT:
+    if plan and args.out == RESULT:
         draw(found, PLOT)
 
 

@@ -7,7 +7,7 @@ base policy, has the same PPO settings, and stops when it matches DiWA on the va
 
 In CALVIN, with the runs of `calvin_state.py`::
 
-    python benchmarks/compare_state.py --folder runs/calvin --tasks open_drawer close_drawer \\
+    python benchmarks/compare_state.py --folder runs/calvin --tasks open_drawer move_slider_right \\
         --out benchmarks/results/compare_calvin.json
 """
 

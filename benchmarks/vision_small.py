@@ -42,14 +42,7 @@ STEPS = (0, 2, 5, 10, 20, 30, 40, 60, 79)
 SETTINGS = dataclasses.replace(PRESETS["pixels"], task="move_slider_left")
 DEMOS = {"move_slider_left": 2, "move_slider_right": 1}
 """Demonstrations with which imitation alone succeeds in about half of the validation episodes."""
-SHOWN = (
-    "observation",
-    "image_size",
-    "cnn_depth",
-    "image_weight",
-    "image_stride",
-    "frozen_encoder_steps",
-)
+SHOWN = ("observation", "image_size", "cnn_depth", "image_weight", "image_stride")
 
 
 def cpu_seconds() -> float:

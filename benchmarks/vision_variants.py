@@ -6,22 +6,20 @@ the decoded scene. Play, demonstrations and starts are those of a finished run o
 and so are the hybrid's world model and base policy; the pictures-only world model is trained here
 with the same settings but for the weight of the pictures, which nothing else competes with::
 
-    python benchmarks/vision_variants.py --from-run runs/vision/move_slider_right-0
+    python benchmarks/vision_variants.py --from-run runs/vision/move_slider_left-0
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import bc_sweep
 
 from diwa.checkpoint import write_json
-from diwa.config import Config, WorldModelConfig, from_dict
+from diwa.config import Config, WorldModelConfig
 from diwa.phases.world_model import train_world_model
 from diwa.run import RunFolder
 
@@ -33,10 +31,9 @@ ROWS = (("vision", "calibrated"), ("hybrid", "calibrated"), ("hybrid", "decoder"
 def pictures_only(base: Path, folder: Path) -> Path:
     """The world model of the pictures alone, on the play of the hybrid one, with the settings that
     this was first trained with; returns its run."""
-    saved = json.loads((base / "config.json").read_text())
-    if saved["world_model"]["init_from"]:
-        return pictures_only(Path(saved["world_model"]["init_from"]), folder)
-    config: Config = from_dict(Config, saved)
+    config = bc_sweep.read_config(base)
+    if config.world_model.init_from:
+        return pictures_only(Path(config.world_model.init_from), folder)
     model = dataclasses.replace(
         config.world_model, observation="vision", image_weight=WorldModelConfig.image_weight
     )
@@ -58,9 +55,8 @@ def variants(args: argparse.Namespace, source: Config) -> list[tuple[str, str, R
             from_run=str(lent[observation].resolve()),
             world_model=dataclasses.replace(source.world_model, observation=observation),
         )
-        reused = ["collect", *(["world_model", "pretrain"] if observation == "hybrid" else [])]
         name = f"{observation}-{reward}"
-        run = bc_sweep.prepare(args.from_run, args.folder / name, config, reused)
+        run = bc_sweep.prepare(args.from_run, args.folder / name, config)
         train_world_model(config, run)
         rows.append((name, reward, run))
     return rows
@@ -74,24 +70,16 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100, help="test episodes of each policy")
     args = parser.parse_args()
     args.from_run, args.folder = args.from_run.resolve(), args.folder.resolve()
-    saved = json.loads((args.from_run / "config.json").read_text())
-    source = from_dict(Config, {**saved, "from_run": str(args.from_run.parent / "base")})
+    source = dataclasses.replace(
+        bc_sweep.read_config(args.from_run), from_run=str(args.from_run.parent / "base")
+    )
     rows: dict[str, Any] = {}
     for name, reward, run in variants(args, source):
         row = bc_sweep.measure(run, reward, args.episodes, new_base=True)
-        rows[name] = {"observation": run.config.world_model.observation, **row}
-        print(
-            f"{name:18s} dream {row['imagined_start']:.2f} -> {row['imagined_final']:.2f}  "
-            f"real {row['base']['success']:.2f} -> {row['finetuned']['success']:.2f}",
-            flush=True,
-        )
-    versions = json.loads((run.path / "versions.json").read_text())
-    meta = {
-        **{name: versions[name] for name in ("commit", "device")},
-        "date": datetime.date.today().isoformat(),
-        **{name: getattr(source, name) for name in ("preset", "task", "seed")},
-    }
-    write_json(RESULT, {"meta": meta, "rows": rows})
+        seen = run.config.world_model.observation
+        rows[name] = {"observation": seen, **row, "commit": bc_sweep.commit(run.path)}
+        bc_sweep.show(name, row, row["base"])
+    write_json(RESULT, {"meta": bc_sweep.describe(source), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -66,11 +66,11 @@ def test_episodes_are_filtered_counted_and_restarted(model):
 def test_the_baseline_sees_the_pictures_of_its_world_model():
     """The state after a reset is the posterior of the pictures that the simulator renders."""
     torch.manual_seed(0)
-    sizes = dataclasses.replace(SIZES, observation="hybrid", cnn_depth=2)
+    sizes = dataclasses.replace(SIZES, observation="hybrid", cnn_depth=2, stoch_groups=32)
     model = WorldModel(sizes).requires_grad_(False)
     starts = task_starts(TASK, 2, 5)
     env = OnlineEnv(model, TASK, starts, n=1, max_episode_steps=8, seed=0)
-    uniform = torch.rand(1, 2, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(1, 32, generator=torch.Generator().manual_seed(0))
     try:
         env.reset(torch.ones(1, dtype=torch.bool), torch.rand(1), uniform)
     finally:
@@ -88,8 +88,8 @@ def test_the_baseline_sees_the_pictures_of_its_world_model():
     torch.testing.assert_close(env.state.h, expected.h)
     torch.testing.assert_close(env.state.z, expected.z)
     dark = {**frames, "rgb_static": torch.zeros_like(frames["rgb_static"])}
-    blind = model.encoder(model.observation(**dark))
-    assert not torch.allclose(blind, model.encoder(model.observation(**frames)))
+    blind = model.filter(zero, model.observation(**dark), neutral, torch.ones(1), uniform)
+    assert not torch.equal(blind.z, expected.z), "the pictures are seen in z"
 
 
 def test_the_baseline_stops_at_its_limit_and_reports(model, tmp_path, capsys):

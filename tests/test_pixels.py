@@ -270,9 +270,7 @@ def test_a_frozen_encoder_is_left_alone_and_changes_no_loss(tmp_path):
 
 def test_a_training_resumed_with_a_frozen_encoder_goes_on_as_if_never_stopped(tmp_path):
     store = write_store(tmp_path / "play", moving_square(3, 20, 0))
-    config = dataclasses.replace(
-        HYBRID, steps=5, batch_size=2, seq_len=5, frozen_encoder_steps=4, reset_prob=1.0
-    )
+    config = dataclasses.replace(HYBRID, steps=5, batch_size=2, seq_len=5, frozen_encoder_steps=4)
     whole, resumed = trainer(store, config), trainer(store, config)
     for step in range(3):
         whole.step(step)
@@ -295,6 +293,7 @@ def test_bfloat16_learns_from_pictures_as_float32_does(tmp_path):
     losses = np.array(
         [[t.step(i)["loss"].item() for t in (exact, rounded)] for i in range(config.steps)]
     )
+    # operands keep 8 bits; later, another sample here and there changes the loss by more
     assert losses[0, 1] == pytest.approx(losses[0, 0], rel=0.02) and losses[0, 0] != losses[0, 1]
     assert losses[-5:].mean(0)[1] == pytest.approx(losses[-5:].mean(0)[0], rel=0.2)
     assert losses[-5:].mean() < 0.5 * losses[0].mean()

@@ -94,18 +94,18 @@ def test_table_from_results(tool):
     assert tool.with_table(changed, table) == changed
 
 
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
 def test_calvin_numbers_are_those_of_the_result():
-    tasks = json.loads((ROOT / "benchmarks/results/calvin.json").read_text())["tasks"].values()
+    tasks = result("calvin")["tasks"].values()
     before, after = (
         sum(t[name]["success"] for t in tasks) / len(tasks) for name in ("base", "finetuned")
     )
     assert f"{100 * before:.0f} % to {100 * after:.0f} % on average" in README
     assert len(tasks) == 6 and {t["base"]["n"] for t in tasks} == {100}
     assert sum(t["finetune_env_steps"] for t in tasks) == 0
-
-
-def result(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def test_pixel_numbers_are_those_of_the_results():

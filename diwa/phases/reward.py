@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -147,18 +148,17 @@ def train_reward(config: Config, run: RunFolder) -> dict:
         starts = load_starts(run.dir("collect") / "starts.npz")["scene_obs"]
         value = starts[:, RULES[config.task].index]
         bounds = (float(value.min()), float(value.max()))
-        length = config.finetune.max_episode_steps
-        rng = np.random.default_rng(config.seed)
         generator = torch.Generator(device).manual_seed(config.seed)
-        windows = draw_windows(
-            [episodes[i] for i in train],
-            config.task,
-            bounds,
-            length,
-            c.windows,
-            rng,
+        draw = partial(
+            draw_windows,
+            task=config.task,
+            start_value=bounds,
+            length=config.finetune.max_episode_steps,
+            count=c.windows,
+            rng=np.random.default_rng(config.seed),
             cameras=model.cameras,
         )
+        windows = draw([episodes[i] for i in train])
         real, dreamed = window_features(model, windows, generator)
         features = torch.cat([real, dreamed]).flatten(0, 1)
         labels = windows.label.to(device).repeat(2, 1).flatten()
@@ -169,17 +169,7 @@ def train_reward(config: Config, run: RunFolder) -> dict:
         classifier.requires_grad_(False)
         threshold, report = c.threshold, {}
         with contextlib.suppress(StoreError):  # little play may leave nothing to report on
-            held_out = draw_windows(
-                [episodes[i] for i in held],
-                config.task,
-                bounds,
-                length,
-                c.windows,
-                rng,
-                need_both=False,
-                cameras=model.cameras,
-            )
-            tuning, test = halves(held_out)
+            tuning, test = halves(draw([episodes[i] for i in held], need_both=False))
             known = window_features(model, tuning, generator)[0]
             threshold = calibrated_threshold(classifier, c, known, tuning.label.to(device))
             report = reward_report(config, model, ClassifierSuccess(classifier, threshold), test)

@@ -112,9 +112,11 @@ class Trainer:
         )
         self.generator = torch.Generator(device).manual_seed(seed)
         self.carried = self.model.rssm.initial(self.streams.stop - self.streams.start)
-        self._capture_anew(device)
+        self._capture_anew()
 
-    def _capture_anew(self, device: str | torch.device) -> None:
+    def _capture_anew(self) -> None:
+        """Forget captured steps; those of before hold memory, and gradients of the encoder."""
+        device = self.model.codec.mean.device
         self._gradients = GraphedStep(self._backward, device)
         self._update = GraphedStep(self._descend, device)
 
@@ -131,7 +133,7 @@ class Trainer:
                 obs[camera] = torch.from_numpy(column.read(rows[i : i + EMBED_FRAMES]))
             pieces.append(self.model.encoder(obs).cpu())
         self.sampler.columns["embed"] = torch.cat(pieces)
-        self._capture_anew(device)
+        self._capture_anew()
 
     def _backward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = self.model.loss(
